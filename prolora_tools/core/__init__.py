@@ -1,0 +1,1 @@
+"""Pure maths: no files, no network, no console."""

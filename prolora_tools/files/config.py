@@ -1,0 +1,283 @@
+"""adapter_config.json <-> a dataclass; fields that are not ours to understand are preserved.
+
+What changes the meaning of the tensors and is not supported is refused here, by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from prolora_tools.core.geometry import Geometry
+from prolora_tools.errors import InputError, UnsupportedError
+from prolora_tools.files.keys import pattern_key
+from prolora_tools.files.tensors import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+FILE = "adapter_config.json"
+FORMAT_VERSION = 1
+
+# Inits that also changed the base weights: A and B alone are not the adapter (PEFT docs, "initialization").
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Fields under which lora_A and lora_B mean something else than scaling * B A on a module's weight.
+_REFUSED = {
+    "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
+    "arrow_config": "Arrow routes between adapters per token",
+    "kasa_config": "KaSA learns singular values beside A and B",
+    "use_qalora": "QALoRA pools the inputs",
+    "use_bdlora": "BD-LoRA makes A or B block-diagonal",
+    "monteclora_config": "MonteCLoRA samples its factors",
+    "layer_replication": "the model's layers were replicated when it was loaded",
+    "megatron_config": "Megatron splits the layers over devices",
+    "target_parameters": "target_parameters puts LoRA on parameters such as fused experts",
+}
+# Fields that mean the same for LoRA and PRoLoRA; they go over when one is made from the other.
+_COMMON = (
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save",
+    "ensure_weight_tying", "r", "rank_pattern", "alpha_pattern", "revision", "target_modules", "task_type",
+    "trainable_token_indices", "use_rslora",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """One adapter's configuration.
+
+    Attributes:
+        raw: the whole JSON object, unknown fields included.
+        prolora: whether peft_type is PROLORA rather than LORA.
+        r: total rank, before patterns.
+        alpha: lora_alpha, before patterns.
+        use_rslora: scaling is alpha / sqrt(r) instead of alpha / r.
+        use_dora: the adapter holds magnitudes.
+        target_modules: list of names, or a regex.
+    """
+
+    raw: dict[str, Any]
+    prolora: bool
+    r: int
+    alpha: float
+    use_rslora: bool
+    use_dora: bool
+    target_modules: list[str] | str | None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    unshared_r: int = 0
+    chunks: tuple[int, int] = (1, 1)
+    strides: tuple[int | None, int | None] = (None, None)
+    rotate: bool = True
+    patterns: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterConfig:
+        """Read and check adapter_config.json.
+
+        Raises:
+            InputError: missing, no JSON object, or a field of the wrong type.
+            UnsupportedError: a kind of adapter this package refuses.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            raise InputError(
+                "adapter-no-config",
+                f"{folder} has no {FILE}, so it is not an adapter",
+                hint="give the folder that PEFT's save_pretrained() wrote",
+            )
+        return cls.from_json(read_json(path), path)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], path: Path) -> AdapterConfig:
+        """Check a parsed adapter_config.json; `path` is for messages."""
+        kind = raw.get("peft_type")
+        if kind not in {"LORA", "PROLORA"}:
+            raise UnsupportedError(
+                "config-peft-type",
+                f"{path}: peft_type is {kind!r}, expected LORA or PROLORA",
+                hint="other adapters have other maths; PEFT's convert_to_lora makes a LoRA of some",
+            )
+        fields = _Fields(raw, path)
+        prolora = kind == "PROLORA"
+        if not prolora:
+            _refuse(raw, path)
+        version = fields.integer("format_version", FORMAT_VERSION)
+        if prolora and version != FORMAT_VERSION:
+            raise UnsupportedError(
+                "config-format-version",
+                f"{path}: format_version is {version}, this release reads {FORMAT_VERSION}",
+                hint="pip install --upgrade prolora-tools",
+            )
+        config = cls(
+            raw=raw,
+            prolora=prolora,
+            r=fields.integer("r", 8, least=1),
+            alpha=fields.number("lora_alpha", 8),
+            use_rslora=fields.flag("use_rslora"),
+            use_dora=fields.flag("use_dora"),
+            target_modules=fields.targets(),
+            rank_pattern=fields.pattern("rank_pattern", integers=True),
+            alpha_pattern=fields.pattern("alpha_pattern"),
+        )
+        if not prolora:
+            return config
+        return replace(
+            config,
+            unshared_r=fields.integer("unshared_r", 0),
+            chunks=(fields.integer("chunks_A", 1, least=1), fields.integer("chunks_B", 1, least=1)),
+            strides=(fields.optional("stride_A"), fields.optional("stride_B")),
+            rotate=fields.flag("rotate", default=True),
+            patterns={
+                name: fields.pattern(f"{name}_pattern", integers=True)
+                for name in ("unshared", "chunks_A", "chunks_B", "stride_A", "stride_B")
+            },
+        )
+
+    def rank(self, path: str) -> int:
+        """The module's rank by r and rank_pattern."""
+        key = pattern_key(self.rank_pattern, path)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, path: str) -> float:
+        """The module's alpha by lora_alpha and alpha_pattern."""
+        key = pattern_key(self.alpha_pattern, path)
+        return self.alpha if key is None else self.alpha_pattern[key]
+
+    def scaling(self, path: str) -> float:
+        """Alpha / r, or alpha / sqrt(r) under rsLoRA, r being the TOTAL rank of the module."""
+        rank = self.rank(path)
+        return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def geometry(self, path: str) -> Geometry:
+        """The module's geometry; a LoRA's is all unshared."""
+        rank = self.rank(path)
+        if not self.prolora:
+            return Geometry.lora(rank)
+
+        def value(name: str, default: int | None) -> int | None:
+            patterns = self.patterns.get(name, {})
+            key = pattern_key(patterns, path)
+            return default if key is None else patterns[key]
+
+        strides = (value("stride_A", self.strides[0]), value("stride_B", self.strides[1]))
+        if not self.rotate:
+            strides = (0, 0)
+        unshared, chunks_a = value("unshared", self.unshared_r), value("chunks_A", self.chunks[0])
+        chunks_b = value("chunks_B", self.chunks[1])
+        assert unshared is not None
+        assert chunks_a is not None
+        assert chunks_b is not None
+        return Geometry(rank, unshared, chunks_a, chunks_b, *strides)
+
+    def common(self) -> dict[str, Any]:
+        """The fields that LoRA and PRoLoRA share, and those that nobody here knows."""
+        known = set(_LORA_ONLY) | set(_PROLORA_ONLY) | {"peft_type", "peft_version"}
+        return {k: v for k, v in self.raw.items() if k in _COMMON or k not in known}
+
+
+_LORA_ONLY = (
+    *_REFUSED, "corda_config", "eva_config", "init_lora_weights", "loftq_config", "lora_ga_config",
+    "megatron_core", "qalora_group_size", "use_dora", "velora_config", "layer_replication", "runtime_config",
+)  # fmt: skip
+_PROLORA_ONLY = (
+    "format_version", "unshared_r", "chunks_A", "chunks_B", "stride_A", "stride_B", "rotate",
+    "unshared_pattern", "chunks_A_pattern", "chunks_B_pattern", "stride_A_pattern", "stride_B_pattern",
+    "init_prolora_weights",
+)  # fmt: skip
+
+
+def dump(raw: Mapping[str, Any]) -> bytes:
+    """The bytes of a config file: sorted keys, so that the same config is the same file."""
+    return (json.dumps(raw, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _refuse(raw: dict[str, Any], path: Path) -> None:
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        raise UnsupportedError(
+            "config-base-changing-init",
+            f"{path}: init_lora_weights is {init!r}, which changed the base weights too",
+            hint="save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+        )
+    for name, why in _REFUSED.items():
+        if raw.get(name):
+            raise UnsupportedError(
+                "config-variant", f"{path}: {name} is set: {why}", hint="merge it with PEFT's merge_and_unload()"
+            )
+
+
+class _Fields:
+    """Typed access to the fields of a parsed config; every wrong type is one error naming the field."""
+
+    def __init__(self, raw: dict[str, Any], path: Path) -> None:
+        self.raw = raw
+        self.path = path
+
+    def wrong(self, name: str, expected: str) -> InputError:
+        return InputError(
+            "config-field",
+            f"{self.path}: {name} is {self.raw[name]!r}, expected {expected}",
+            hint="repair the field, or save the adapter again",
+        )
+
+    def integer(self, name: str, default: int, *, least: int = 0) -> int:
+        value = self.raw.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self.wrong(name, f"a whole number of at least {least}")
+        return value
+
+    def optional(self, name: str) -> int | None:
+        return None if self.raw.get(name) is None else self.integer(name, 0)
+
+    def number(self, name: str, default: float) -> float:
+        value = self.raw.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(name, "a number")
+        return value
+
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        value = self.raw.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false")
+        return value
+
+    def targets(self) -> list[str] | str | None:
+        value = self.raw.get("target_modules")
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return value
+        if isinstance(value, str):
+            self.check_regex("target_modules", value)
+            return value
+        if value is None:
+            return None
+        raise self.wrong("target_modules", "a list of names or a regex")
+
+    def pattern(self, name: str, *, integers: bool = False) -> dict[str, Any]:
+        value = self.raw.get(name)
+        if value is None:
+            return {}
+        kinds = int if integers else (int, float)
+        if not isinstance(value, dict) or not all(
+            isinstance(v, kinds) and not isinstance(v, bool) for v in value.values()
+        ):
+            raise self.wrong(name, "an object of numbers by module name")
+        for key in value:
+            self.check_regex(name, key)
+        return value
+
+    def check_regex(self, name: str, pattern: str) -> None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise self.wrong(name, f"valid regular expressions ({pattern!r}: {error})") from error

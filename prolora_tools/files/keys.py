@@ -1,0 +1,80 @@
+"""Tensor names of an adapter <-> (module path, role).
+
+PEFT writes `base_model.model.` + module path + suffix, without the adapter's name. Suffixes are matched whole,
+dot included: "lora_A" is in "prolora_A" too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PREFIX = "base_model.model."
+
+LORA_ROLES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "bias",
+    ".lora_embedding_A": "embedding_A",
+    ".lora_embedding_B": "embedding_B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
+PROLORA_ROLES = {
+    ".prolora_A": "A",
+    ".prolora_B": "B",
+    ".prolora_A_unshared": "A_unshared",
+    ".prolora_B_unshared": "B_unshared",
+    ".prolora_B_bias": "bias",
+    ".prolora_embedding_A": "embedding_A",
+    ".prolora_embedding_B": "embedding_B",
+    ".prolora_embedding_A_unshared": "embedding_A_unshared",
+    ".prolora_embedding_B_unshared": "embedding_B_unshared",
+}
+_SUFFIXES = {role: suffix for suffix, role in reversed(LORA_ROLES.items())}
+_PROLORA_SUFFIXES = {role: suffix for suffix, role in PROLORA_ROLES.items()}
+_TOKENS = re.compile(r"(.*?)(?:\.token_adapter)?\.trainable_tokens_delta")
+
+
+def parse(name: str, *, prolora: bool) -> tuple[str, str] | None:
+    """A tensor's name without PREFIX -> (module path, role), None for a whole weight or bias.
+
+    Roles are those of the tables above, and `tokens` for the rows of trainable tokens.
+    """
+    roles = PROLORA_ROLES if prolora else LORA_ROLES
+    for suffix, role in roles.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), role
+    if match := _TOKENS.fullmatch(name):
+        return match[1], "tokens"
+    return None
+
+
+def lora_key(path: str, role: str) -> str:
+    """The name PEFT gives a LoRA tensor."""
+    return PREFIX + path + _SUFFIXES[role]
+
+
+def prolora_key(path: str, role: str) -> str:
+    """The name of a PRoLoRA tensor (docs/format.md)."""
+    return PREFIX + path + _PROLORA_SUFFIXES[role]
+
+
+def pattern_key(patterns: Mapping[str, object], path: str) -> str | None:
+    """The entry of a rank_pattern or the like that holds for `path`: the first in file order (PEFT's rule)."""
+    for pattern in patterns:
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return pattern
+    return None
+
+
+def matches_target(target_modules: list[str] | str | None, path: str) -> bool:
+    """Whether PEFT's target_modules picks the module: a regex matched whole, or names matched from a dot on."""
+    if target_modules is None:
+        return False
+    if isinstance(target_modules, str):
+        return target_modules.lower() == "all-linear" or re.fullmatch(target_modules, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in target_modules)

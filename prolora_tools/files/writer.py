@@ -1,0 +1,162 @@
+"""A staged folder: everything is written, synced and checked beside the target, then renamed into place.
+
+Nothing half-written is ever visible under its final name, and on any exception the stage goes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prolora_tools.errors import OutputError
+from prolora_tools.files.tensors import layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+STAGE = ".prolora-stage"
+
+
+def check_target(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
+    """Refuse an OUT that is, holds or lies in an input, or that would destroy something.
+
+    Raises:
+        OutputError: with the reason; nothing has been written.
+    """
+    real = out.resolve()
+    for source in inputs:
+        other = source.resolve()
+        if real == other or real in other.parents or other in real.parents:
+            raise OutputError(
+                "output-overlaps-input",
+                f"the output {out} is, lies in, or contains the input {source}",
+                hint="choose another folder: -o OUT",
+            )
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(
+            "output-not-folder", f"the output {out} exists and is not a folder", hint="choose another: -o OUT"
+        )
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(
+            "output-exists",
+            f"the output {out} exists",
+            hint="choose another with -o OUT, or replace it with --overwrite",
+        )
+    if not any((out / name).is_file() for name in ("adapter_config.json", "config.json")):
+        raise OutputError(
+            "output-not-model",
+            f"the output {out} is no model folder (no config.json, no adapter_config.json), so it is not replaced",
+            hint="choose another with -o OUT",
+        )
+
+
+@contextmanager
+def staged(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> Iterator[Path]:
+    """A new folder to write into; it becomes `out` when the block ends well and goes when it does not.
+
+    The folder stands beside `out`, on the same file system. An existing `out` is replaced only after the new
+    folder is complete and synced; it is moved aside first, so it is back if the last rename fails.
+
+    Args:
+        out: the folder to make.
+        inputs: folders that `out` must not touch.
+        overwrite: allow replacing an existing model folder.
+
+    Raises:
+        OutputError: the target is refused, or cannot be written.
+    """
+    with writing(out):
+        check_target(out, inputs, overwrite=overwrite)
+        parent = out.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        stage = parent / f".{out.resolve().name}{STAGE}-{os.getpid()}"
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+    try:
+        with writing(out):
+            yield stage
+            sync_folder(stage)
+            _replace(stage, out.absolute())
+            sync_folder(parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace(stage: Path, out: Path) -> None:
+    if not out.exists() or not any(out.iterdir()):
+        stage.rename(out)
+        return
+    aside = stage.with_name(f"{stage.name}-replaced")
+    out.rename(aside)
+    try:
+        stage.rename(out)
+    except OSError:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside)
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turn an OSError while `out` is written into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        raise OutputError(
+            "output-disk-full" if full else "output-unwritable",
+            f"{out} cannot be written: {error.strerror or error}"
+            + (f" ({error.filename})" if error.filename and Path(error.filename) != out else ""),
+            hint="free space there, or choose another disk with -o OUT"
+            if full
+            else "check the folder's permissions, or choose another with -o OUT",
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync a folder's entries, where the file system can."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems refuse to sync folders
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write and sync a small file, mode 0666 & ~umask."""
+    with path.open("xb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def write_safetensors(
+    path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], data: Callable[[str], bytes | memoryview]
+) -> int:
+    """Write and sync a safetensors file, one tensor in memory at a time.
+
+    Args:
+        path: the new file; mode 0666 & ~umask, unlike the library's 0600, which servers cannot read.
+        tensors: (name, dtype, shape) of each.
+        data: gives a tensor's bytes by its name; called in the file's order.
+
+    Returns:
+        Bytes written.
+    """
+    header, spans = layout(iter(tensors))
+    with path.open("xb") as f:
+        f.write(header)
+        for name, (_, n_bytes) in spans.items():
+            raw = data(name)
+            assert len(raw) == n_bytes
+            f.write(raw)
+        f.flush()
+        os.fsync(f.fileno())
+        return f.tell()
