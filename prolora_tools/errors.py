@@ -55,8 +55,3 @@ class MismatchError(ProloraError):
 class OutputError(ProloraError):
     """The output could not be written; nothing of it is left behind."""
 
-
-class ToleranceError(ProloraError):
-    """The work was done and the result lies outside the tolerance that was asked for."""
-
-    exit_code = 3

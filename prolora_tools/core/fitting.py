@@ -58,19 +58,17 @@ class SharedFactors:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """One module's compression.
+class Quality:
+    """How well one module was compressed; all norms are Frobenius norms without the scaling.
 
     Attributes:
-        factors: what is to be stored, already rounded as `fit` was told.
         method: the method that made it.
-        error: Frobenius norm of B A - B^ A^, without the scaling.
-        norm: Frobenius norm of B A, without the scaling.
+        error: of B A - B^ A^.
+        norm: of B A.
         svd_rank: the largest rank whose plain LoRA has no more parameters.
-        svd_error: Frobenius norm of B A minus its truncated SVD of that rank.
+        svd_error: of B A minus its truncated SVD of that rank.
     """
 
-    factors: SharedFactors
     method: Method
     error: float
     norm: float
@@ -181,7 +179,7 @@ def fit(
     *,
     method: Method | None = None,
     store: Callable[[AnyMatrix], AnyMatrix] = lambda x: x,
-) -> Fit:
+) -> tuple[SharedFactors, Quality]:
     """Compress one module and tell the error of what will be stored.
 
     Args:
@@ -202,4 +200,5 @@ def fit(
     values = svd_basis(a, bt)[1]
     parameters = geometry.parameters(a.shape[1], bt.shape[1])
     svd_rank = min(parameters // (a.shape[1] + bt.shape[1]), len(values))
-    return Fit(factors, name, error, float(np.linalg.norm(values)), svd_rank, float(np.linalg.norm(values[svd_rank:])))
+    svd_error = float(np.linalg.norm(values[svd_rank:]))
+    return factors, Quality(name, error, float(np.linalg.norm(values)), svd_rank, svd_error)

@@ -11,23 +11,25 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from prolora_tools.core.sharing import expand
 from prolora_tools.errors import InputError
-from prolora_tools.files import keys
+from prolora_tools.files import dtypes, keys
 from prolora_tools.files.checkpoint import require_folder
-from prolora_tools.files.config import AdapterConfig
+from prolora_tools.files.config import FILE, AdapterConfig, dump
 from prolora_tools.files.tensors import StoredTensor, check_finite, read_header, reading
+from prolora_tools.files.writer import write_file, write_safetensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from prolora_tools.core.geometry import Geometry
     from prolora_tools.files.dtypes import Floats
+    from prolora_tools.progress import Progress
 
 SAFETENSORS = "adapter_model.safetensors"
 BIN = "adapter_model.bin"
@@ -387,3 +389,52 @@ class _Sorter:
             if len({self.config.alpha_pattern[p] for p in hits}) > 1:
                 self.notes.append(f"alpha_pattern: {' and '.join(map(repr, hits))} both match {path}; the first holds")
                 return
+
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """One factor to write: its tensor name, and whose it is."""
+
+    name: str
+    path: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def write_adapter(
+    folder: Path,
+    config: dict[str, Any],
+    specs: Iterable[FactorSpec],
+    factors: Callable[[str], dict[str, Floats]],
+    copied: dict[str, StoredTensor],
+    progress: Progress,
+) -> None:
+    """Write an adapter into a staged folder, one module in memory at a time, and open it again.
+
+    Args:
+        folder: the stage.
+        config: adapter_config.json.
+        specs: every factor.
+        factors: gives a module's arrays by role; called once a module, in the order of the file.
+        copied: tensor name -> the stored tensor whose bytes go there.
+        progress: told of each finished module.
+    """
+    by_name = {spec.name: spec for spec in specs}
+    at_hand: tuple[str, dict[str, Floats]] = ("", {})
+
+    def data(name: str) -> bytes:
+        nonlocal at_hand
+        if name in copied:
+            return copied[name].read_bytes()
+        spec = by_name[name]
+        if at_hand[0] != spec.path:  # a module's tensors follow each other in the file
+            at_hand = (spec.path, factors(spec.path))
+            progress.advance(1)
+        return dtypes.encode(at_hand[1][spec.role], spec.dtype).tobytes()
+
+    all_specs = [(s.name, s.dtype, s.shape) for s in by_name.values()]
+    all_specs += [(name, t.dtype, t.shape) for name, t in copied.items()]
+    write_safetensors(folder / SAFETENSORS, all_specs, data)
+    write_file(folder / FILE, dump(config))
+    Adapter.open(folder)  # what we wrote must open

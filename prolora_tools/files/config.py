@@ -192,8 +192,12 @@ _PROLORA_ONLY = (
 
 
 def dump(raw: Mapping[str, Any]) -> bytes:
-    """The bytes of a config file: sorted keys, so that the same config is the same file."""
-    return (json.dumps(raw, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """The bytes of a config file: sorted fields, so that the same config is the same file.
+
+    What stands inside a field keeps its order: of a rank_pattern, the first entry that matches holds.
+    """
+    ordered = {key: raw[key] for key in sorted(raw)}
+    return (json.dumps(ordered, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _refuse(raw: dict[str, Any], path: Path) -> None:

@@ -63,6 +63,18 @@ def prolora_key(path: str, role: str) -> str:
     return PREFIX + path + _PROLORA_SUFFIXES[role]
 
 
+def renamed(name: str, *, prolora: bool) -> str:
+    """The key, in an adapter of the other or the same kind, of a tensor that is no factor.
+
+    Only lora_bias has a name of its own in each; everything else keeps its name.
+    """
+    short = name.removeprefix(PREFIX)
+    place = parse(short, prolora=False) or parse(short, prolora=True)
+    if place is None or place[1] != "bias":
+        return name
+    return (prolora_key if prolora else lora_key)(*place)
+
+
 def pattern_key(patterns: Mapping[str, object], path: str) -> str | None:
     """The entry of a rank_pattern or the like that holds for `path`: the first in file order (PEFT's rule)."""
     for pattern in patterns:

@@ -18,6 +18,9 @@ from prolora_tools.files.tensors import layout
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+TensorSpec = tuple[str, str, tuple[int, ...]]
+"""Name, dtype and shape of a tensor to write."""
+
 STAGE = ".prolora-stage"
 
 
@@ -137,9 +140,7 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(f.fileno())
 
 
-def write_safetensors(
-    path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], data: Callable[[str], bytes | memoryview]
-) -> int:
+def write_safetensors(path: Path, tensors: Iterable[TensorSpec], data: Callable[[str], bytes | memoryview]) -> int:
     """Write and sync a safetensors file, one tensor in memory at a time.
 
     Args:

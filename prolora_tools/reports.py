@@ -1,0 +1,339 @@
+"""What every operation returns: frozen results, of which a terminal table, `--json` and the model card are views.
+
+Sizes in bytes, counts as integers, errors as relative Frobenius norms (0 is exact, 1 is as bad as dropping dW).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class Report:
+    """Base of all reports."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with `schema_version` and `report`, the name of the kind, first."""
+        return {"schema_version": SCHEMA_VERSION, "report": type(self).__name__, **_plain(self)}
+
+    @property
+    def ok(self) -> bool:
+        """Whether the result lies within the tolerance that was asked for."""
+        return True
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
+
+
+@dataclass(frozen=True)
+class ModuleBudget:
+    """One target module: its dims, its geometry and what it costs.
+
+    `distinct_blocks` of `blocks` parts of dW differ; both are 0 where nothing is shared.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+    unshared: int
+    chunks_a: int
+    chunks_b: int
+    stride_a: int
+    stride_b: int
+    parameters: int
+    bytes: int
+    distinct_blocks: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules of one type or one layer, summed up."""
+
+    name: str
+    modules: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same target modules under other methods, in parameters.
+
+    Attributes:
+        lora_same_rank: plain LoRA of each module's rank.
+        equal_budget_lora_rank: the LoRA rank that costs as much, a fraction as a rule.
+        vera_rank: the rank VeRA is counted at.
+        vera: VeRA of that rank.
+    """
+
+    lora_same_rank: int
+    equal_budget_lora_rank: float
+    vera_rank: int
+    vera: int
+
+
+@dataclass(frozen=True)
+class BudgetReport(Report):
+    """`stats` of an adapter, or `plan` of one geometry.
+
+    Attributes:
+        subject: the folder that was read.
+        kind: LORA or PROLORA.
+        parameters: all numbers in the adapter, those beside the factors included.
+        bytes: their size.
+        other_parameters: numbers beside the factors (modules_to_save, biases, DoRA magnitudes, token rows).
+        other_bytes: their size.
+        base_parameters: of the base, None when it was not given.
+        base_share: parameters / base_parameters.
+    """
+
+    subject: str
+    kind: str
+    parameters: int
+    bytes: int
+    other_parameters: int
+    other_bytes: int
+    comparison: Comparison
+    base_parameters: int | None
+    base_share: float | None
+    by_type: tuple[Group, ...]
+    by_layer: tuple[Group, ...]
+    modules: tuple[ModuleBudget, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlanCandidate:
+    """A geometry that meets the budget, with the fields of a plan."""
+
+    rank: int
+    unshared: int
+    chunks_a: int
+    chunks_b: int
+    parameters: int
+    bytes: int
+    budget_share: float
+    modules: tuple[ModuleBudget, ...]
+
+
+@dataclass(frozen=True)
+class CandidatesReport(Report):
+    """`plan` with a budget: geometries that meet it, the fullest first."""
+
+    subject: str
+    budget: int
+    lora_rank: float
+    targets: int
+    candidates: tuple[PlanCandidate, ...]
+
+
+@dataclass(frozen=True)
+class ModuleCompression(ModuleBudget):
+    """One compressed module; errors are None in a dry run.
+
+    `svd_relative_error` is that of the truncated SVD of rank `svd_rank`, the largest LoRA no bigger than this.
+    """
+
+    method: str | None
+    relative_error: float | None
+    svd_rank: int
+    svd_relative_error: float | None
+
+
+@dataclass(frozen=True)
+class CompressionReport(Report):
+    """`compress`: what was made of an adapter, and how far its dW is from the original's.
+
+    Attributes:
+        source: the adapter that was read.
+        output: the folder that was written, None in a dry run.
+        method: the method asked for, `best` when each module took its better one.
+        parameters: all numbers written, those beside the factors included.
+        bytes: their size.
+        source_parameters: the same of the source.
+        source_bytes: the same of the source.
+        relative_error: |dW - dW^| / |dW| over all modules together, scaling included.
+        svd_relative_error: the same for truncated SVDs that are, module by module, no bigger.
+        svd_parameters: what those SVDs would cost, beside tensors included.
+        max_error: the tolerance asked for.
+    """
+
+    source: str
+    output: str | None
+    method: str
+    parameters: int
+    bytes: int
+    source_parameters: int
+    source_bytes: int
+    relative_error: float | None
+    svd_relative_error: float | None
+    svd_parameters: int
+    max_error: float | None
+    modules: tuple[ModuleCompression, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the total relative error is within `max_error`."""
+        return self.max_error is None or self.relative_error is None or self.relative_error <= self.max_error
+
+
+@dataclass(frozen=True)
+class ExpansionReport(Report):
+    """`expand`: the LoRA folder that was written.
+
+    Attributes:
+        rank: the highest rank in it, the only one under `uniform`.
+        alpha: its lora_alpha.
+        scaling_in_b: whether the scaling was multiplied into B, which rounds unless it is a power of two.
+        vllm_max_lora_rank: the `--max-lora-rank` to start vLLM with, None where vLLM has none so high.
+    """
+
+    source: str
+    output: str | None
+    uniform: bool
+    modules: int
+    rank: int
+    alpha: float
+    scaling_in_b: bool
+    vllm_max_lora_rank: int | None
+    parameters: int
+    bytes: int
+    source_parameters: int
+    source_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """One written file."""
+
+    name: str
+    bytes: int
+    tensors: int
+    merged: int
+
+
+@dataclass(frozen=True)
+class MergeReport(Report):
+    """`merge`: the model folder that was written, or would be in a dry run.
+
+    Attributes:
+        merged_tensors: tensors that took a delta, a replacement or new rows.
+        copied_tensors: tensors copied bit for bit.
+        converted_tensors: untouched tensors whose dtype was changed.
+        new_tensors: names that the base's checkpoint does not have, such as an untied lm_head.
+        untied: whether tie_word_embeddings was set to false.
+        dtype: the output dtype asked for, None to keep the base's.
+        bytes_free: on the output's disk, before.
+    """
+
+    adapter: str
+    base: str
+    output: str | None
+    parameters: int
+    bytes: int
+    bytes_free: int
+    dtype: str | None
+    merged_tensors: int
+    copied_tensors: int
+    converted_tensors: int
+    new_tensors: tuple[str, ...]
+    untied: bool
+    shards: tuple[ShardReport, ...]
+    files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TensorProblem:
+    """One tensor that is not what the base and the adapter make it."""
+
+    name: str
+    problem: str
+    expected: str
+    found: str
+    max_ulps: int | None = None
+    row: int | None = None
+
+
+@dataclass(frozen=True)
+class VerifyReport(Report):
+    """`verify`: whether a merged folder is base + adapter.
+
+    Attributes:
+        tensors: tensors of the merged model that were checked.
+        merged_tensors: those that the adapter changes, compared within `ulps`.
+        untouched_tensors: those that must equal the base's bit for bit.
+        exact_tensors: changed tensors that are bit for bit what this package computes.
+        max_ulps: the largest distance seen, in units in the last place of the stored dtype.
+        ulps: the tolerance.
+        problems: what is wrong, [] when the folder is verified.
+    """
+
+    merged: str
+    base: str
+    adapter: str
+    tensors: int
+    merged_tensors: int
+    untouched_tensors: int
+    exact_tensors: int
+    max_ulps: int
+    ulps: int
+    problems: tuple[TensorProblem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class ModuleDifference:
+    """How far the second adapter's dW is from the first's in one module.
+
+    `relative_error` is None where the first has no dW there (it is zero or the module is missing).
+    """
+
+    name: str
+    relative_error: float | None
+    norm_a: float
+    norm_b: float
+
+
+@dataclass(frozen=True)
+class DifferenceReport(Report):
+    """`diff`: |dW_A - dW_B| / |dW_A| per module and in total, scaling included.
+
+    Attributes:
+        only_in_a: modules that B lacks; their whole dW counts as difference.
+        only_in_b: modules that A lacks.
+        other_differences: tensors beside the factors that differ or are in one adapter only.
+        max_error: the tolerance asked for.
+    """
+
+    a: str
+    b: str
+    relative_error: float | None
+    max_error: float | None
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+    other_differences: tuple[str, ...]
+    modules: tuple[ModuleDifference, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the total is within `max_error` and nothing beside the factors differs."""
+        if self.max_error is None:
+            return True
+        close = self.relative_error is not None and self.relative_error <= self.max_error
+        return close and not self.other_differences
