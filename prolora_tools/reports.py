@@ -256,14 +256,10 @@ class MergeReport(Report):
 
 @dataclass(frozen=True)
 class TensorProblem:
-    """One tensor that is not what the base and the adapter make it."""
+    """One tensor, or field of config.json, that is not what base and adapter make it."""
 
     name: str
     problem: str
-    expected: str
-    found: str
-    max_ulps: int | None = None
-    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -271,13 +267,16 @@ class VerifyReport(Report):
     """`verify`: whether a merged folder is base + adapter.
 
     Attributes:
-        tensors: tensors of the merged model that were checked.
-        merged_tensors: those that the adapter changes, compared within `ulps`.
-        untouched_tensors: those that must equal the base's bit for bit.
-        exact_tensors: changed tensors that are bit for bit what this package computes.
-        max_ulps: the largest distance seen, in units in the last place of the stored dtype.
-        ulps: the tolerance.
-        problems: what is wrong, [] when the folder is verified.
+        tensors: tensors of the merged model that were compared.
+        merged_tensors: those that the adapter changes.
+        exact_tensors: those of them that are bit for bit what this package computes.
+        untouched_tensors: those that must equal the base's bit for bit, or its rounding to the merged dtype.
+        ulps: the tolerance for bfloat16 and float16, in units in the last place.
+        rtol: the relative tolerance for float32 and float64.
+        atol: the absolute one.
+        max_ulps: the largest distance seen in bfloat16 and float16.
+        max_difference: the largest absolute difference seen.
+        problems: what is wrong; none when the folder is verified.
     """
 
     merged: str
@@ -285,10 +284,13 @@ class VerifyReport(Report):
     adapter: str
     tensors: int
     merged_tensors: int
-    untouched_tensors: int
     exact_tensors: int
-    max_ulps: int
+    untouched_tensors: int
     ulps: int
+    rtol: float
+    atol: float
+    max_ulps: int
+    max_difference: float
     problems: tuple[TensorProblem, ...]
 
     @property

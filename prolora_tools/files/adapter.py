@@ -20,7 +20,7 @@ from prolora_tools.errors import InputError
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.checkpoint import require_folder
 from prolora_tools.files.config import FILE, AdapterConfig, dump
-from prolora_tools.files.tensors import StoredTensor, check_finite, read_header, reading
+from prolora_tools.files.tensors import LoadedTensor, StoredTensor, check_finite, read_header, reading
 from prolora_tools.files.writer import write_file, write_safetensors
 
 if TYPE_CHECKING:
@@ -200,6 +200,11 @@ class Adapter:
         return list(indices)
 
 
+def is_embedding(path: str) -> bool:
+    """Whether a module path ends in a name that transformers models give token embeddings and output heads."""
+    return _EMBEDDINGS.fullmatch(path) is not None
+
+
 def _weights_file(folder: Path) -> tuple[Path, tuple[str, ...]]:
     safe, pickled = folder / SAFETENSORS, folder / BIN
     if safe.is_file():
@@ -212,17 +217,6 @@ def _weights_file(folder: Path) -> tuple[Path, tuple[str, ...]]:
         f"{folder} has neither {SAFETENSORS} nor {BIN}",
         hint="the download is incomplete, or this is not an adapter folder",
     )
-
-
-@dataclass(frozen=True)
-class _LoadedTensor(StoredTensor):
-    """A tensor that has been read already, from a `.bin` file."""
-
-    data: bytes = b""
-
-    def read_bytes(self) -> bytes:
-        """Its bytes."""
-        return self.data
 
 
 def _read_bin(file: Path) -> dict[str, StoredTensor]:
@@ -251,7 +245,7 @@ def _read_bin(file: Path) -> dict[str, StoredTensor]:
                 hint="get the adapter as safetensors",
             )
         raw = value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        tensors[name] = _LoadedTensor(name, names[value.dtype], tuple(value.shape), file, 0, len(raw), raw)
+        tensors[name] = LoadedTensor(name, names[value.dtype], tuple(value.shape), file, 0, len(raw), raw)
     return tensors
 
 
@@ -302,7 +296,7 @@ class _Sorter:
         names = [saved] if isinstance(saved, str) else saved if isinstance(saved, list) else []
         in_saved = any(f".{name}." in f".{target}" for name in names)
         bias = parameter == "bias" and self.config.raw.get("bias", "none") in {"all", "lora_only"}
-        embedding = parameter in {"weight", "bias"} and _EMBEDDINGS.fullmatch(path) is not None
+        embedding = parameter in {"weight", "bias"} and is_embedding(path)
         if not (in_saved or bias or embedding) or target in self.whole:
             raise InputError(
                 "adapter-unused-tensor",

@@ -91,6 +91,17 @@ class StoredTensor:
             )
 
 
+@dataclass(frozen=True)
+class LoadedTensor(StoredTensor):
+    """A tensor that has been read already, from a `.bin` file."""
+
+    data: bytes = b""
+
+    def read_bytes(self) -> bytes:
+        """Its bytes."""
+        return self.data
+
+
 def _pread_all(f: Any, tensor: StoredTensor) -> bytes:
     """Read in pieces: one pread returns 2 GiB at most."""
     raw = bytearray()

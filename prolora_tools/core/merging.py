@@ -1,0 +1,65 @@
+"""The arithmetic of a merge on a block of rows: W + scaling * (B A), in float32, rounded once by the caller.
+
+The order is PEFT's default merge: (B @ A), then * scaling, then + W. DoRA follows (PEFT's DoraLinearVariant):
+magnitude / |W + D| * (W + D), norms over the input dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one module adds to a weight stored as a (rows, columns) matrix.
+
+    Attributes:
+        left: (rows, r); B, or A transposed where the weight is stored (in, out).
+        right: (r, columns); A, or B transposed.
+        scaling: what the product is multiplied with.
+    """
+
+    left: Floats
+    right: Floats
+    scaling: float
+
+    @classmethod
+    def of(cls, a: Floats, b: Floats, scaling: float, *, transposed: bool) -> Delta:
+        """From A (r, in) and B (out, r); `transposed` for Conv1D and Embedding weights, stored (in, out)."""
+        return cls(a.T, b.T, scaling) if transposed else cls(b, a, scaling)
+
+    def add_to(self, weight: Floats, start: int, scratch: Floats) -> None:
+        """Add the delta's rows from `start` on to `weight`, in place.
+
+        Args:
+            weight: (rows of the block, columns), float32 or float64.
+            start: the block's first row.
+            scratch: float32 or wider, of the block's shape; overwritten.
+        """
+        np.matmul(self.left[start : start + len(weight)], self.right, out=scratch)
+        np.multiply(scratch, np.asarray(self.scaling, dtype=scratch.dtype), out=scratch)
+        np.add(weight, scratch, out=weight)
+
+
+def row_norms(weight: Floats) -> Floats:
+    """Euclidean norm of each row, summed in float64, in the weight's dtype."""
+    norms: Floats = np.sqrt(np.einsum("ij,ij->i", weight, weight, dtype=np.float64)).astype(weight.dtype)
+    return norms
+
+
+def column_norms(blocks: Iterable[Floats], columns: int) -> Floats:
+    """Euclidean norm of each column over blocks of rows, summed in float64, in float32."""
+    total = np.zeros(columns)
+    for block in blocks:
+        total += np.einsum("ij,ij->j", block, block, dtype=np.float64)
+    return np.sqrt(total).astype(np.float32)

@@ -1,0 +1,402 @@
+"""What a merged model consists of, decided from headers alone: each output tensor and what it is made of."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prolora_tools.core.merging import Delta, column_norms, row_norms
+from prolora_tools.errors import InputError, MismatchError, UnsupportedError
+from prolora_tools.files import dtypes, keys
+from prolora_tools.files.adapter import is_embedding
+from prolora_tools.files.tensors import check_finite
+from prolora_tools.operations.resolution import Resolution, missing, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+
+    from prolora_tools.files.adapter import Adapter, AdapterModule
+    from prolora_tools.files.checkpoint import Checkpoint
+    from prolora_tools.files.dtypes import Floats
+    from prolora_tools.files.stream import Files
+    from prolora_tools.files.tensors import StoredTensor
+
+BLOCK_BYTES = 1 << 20
+"""float32 bytes of a block of rows: it has to stay in the cache with its scratch (measured: 4 MB is 1.5x slower)."""
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding that replace the base's (PEFT's trainable tokens)."""
+
+    stored: StoredTensor
+    indices: list[int]
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the merged model.
+
+    Attributes:
+        name: its key in the output.
+        dtype: its dtype in the output.
+        source: the stored tensor it starts from, the base's or the adapter's own.
+        module: the module whose delta is added, None for none.
+        transposed: the weight is stored (in, out), as Conv1D and Embedding are.
+        bias: the module whose lora_bias, times its scaling, is added.
+        tokens: rows to replace.
+        replaced: whether `source` is the adapter's.
+    """
+
+    name: str
+    dtype: str
+    source: StoredTensor
+    module: AdapterModule | None = None
+    transposed: bool = False
+    bias: AdapterModule | None = None
+    tokens: TokenRows | None = None
+    replaced: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dims."""
+        return self.source.shape
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size in the output."""
+        return self.source.items * dtypes.ITEM_BITS[self.dtype] // 8
+
+    @property
+    def changed(self) -> bool:
+        """Whether the adapter has a part in it."""
+        return self.replaced or self.module is not None or self.bias is not None or self.tokens is not None
+
+    @property
+    def copied(self) -> bool:
+        """Whether its bytes are the source's."""
+        return self.dtype == self.source.dtype and self.module is None and self.bias is None and self.tokens is None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) as it is walked: the first dim and the others, a vector as one column."""
+        return (self.shape[0], self.source.items // self.shape[0]) if self.shape and self.shape[0] else (1, 1)
+
+
+class Blocks:
+    """Makes output tensors block by block. One per thread: it owns the buffers."""
+
+    def __init__(self, files: Files, block_bytes: int = BLOCK_BYTES) -> None:
+        self.files, self.block_bytes = files, block_bytes
+
+    def rows_of(self, tensor: OutputTensor) -> int:
+        """Rows in one block."""
+        return max(1, self.block_bytes // (4 * tensor.matrix[1]))
+
+    def __call__(
+        self, tensor: OutputTensor, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """The rows from `start` to `stop` of a tensor that is not a plain copy, as they are stored.
+
+        Yields:
+            (first row, carrier array (rows, columns) of the output dtype); the array is reused by the next step.
+
+        Raises:
+            InputError: the adapter or the result holds inf or nan.
+        """
+        rows, _ = tensor.matrix
+        made = self._made(tensor)
+        for at, weight in self._weights(tensor, made, start, rows if stop is None else stop):
+            carrier = dtypes.encode(weight, tensor.dtype)
+            if tensor.changed and not dtypes.all_finite(carrier, tensor.dtype):
+                bad = ~np.isfinite(dtypes.decode(carrier.tobytes(), tensor.dtype).reshape(weight.shape)).all(axis=1)
+                raise InputError(
+                    "merge-not-finite",
+                    f"{tensor.name!r} would hold inf or nan after the merge, first in row {at + int(bad.argmax())}",
+                    hint="the base holds such a value there, or the sum overflows the dtype: try --dtype float32",
+                )
+            yield at, carrier
+
+    def _made(self, tensor: OutputTensor) -> _Parts:
+        """Read what the adapter gives to a tensor."""
+        delta = tokens = bias = magnitude = None
+        if (module := tensor.module) is not None:
+            a, b = module.factors()
+            delta = Delta.of(a, b, module.scaling, transposed=tensor.transposed)
+            if module.dora:
+                magnitude = module.read("magnitude").reshape(-1)
+        if tensor.bias is not None:
+            bias = tensor.bias.read("bias") * np.float32(tensor.bias.scaling)
+        if tensor.tokens is not None:
+            tokens = tensor.tokens.stored.read()
+            check_finite(tokens, tensor.tokens.stored)
+        parts = _Parts(delta, bias, tokens, magnitude)
+        if magnitude is None or not tensor.transposed:
+            return parts
+        # Stored (in, out), the norm of an output runs down a column: a pass of its own over the weight.
+        plain = replace(parts, magnitude=None)
+        walk = (weight for _, weight in self._weights(tensor, plain, 0, tensor.matrix[0]))
+        return replace(parts, column_factor=magnitude / column_norms(walk, tensor.matrix[1]))
+
+    def _weights(self, tensor: OutputTensor, parts: _Parts, start: int, stop: int) -> Iterator[tuple[int, Floats]]:
+        """The block's values before rounding, float32 (float64 for an F64 source)."""
+        _, columns = tensor.matrix
+        step = self.rows_of(tensor)
+        source = tensor.source
+        row_bytes = columns * dtypes.ITEM_BITS[source.dtype] // 8
+        raw = np.empty(min(step, stop - start) * row_bytes, dtype=np.uint8)
+        wide = np.float64 if source.dtype == "F64" else np.float32
+        scratch = np.empty((min(step, stop - start), columns), dtype=wide)
+        replaced = {row: i for i, row in enumerate(tensor.tokens.indices)} if tensor.tokens else {}
+        for at in range(start, stop, step):
+            n = min(step, stop - at)
+            piece = raw[: n * row_bytes]
+            self.files.read_into(source, at * row_bytes, piece)
+            weight = dtypes.decode(piece.data, source.dtype).reshape(n, columns)
+            if parts.delta is not None:
+                parts.delta.add_to(weight, at, scratch[:n])
+            if parts.column_factor is not None:
+                weight *= parts.column_factor
+            elif parts.magnitude is not None:
+                weight *= (parts.magnitude[at : at + n] / row_norms(weight))[:, None]
+            if parts.bias is not None:
+                weight += parts.bias[at : at + n, None]
+            for row in range(at, at + n) if replaced else ():
+                if row in replaced and parts.tokens is not None:
+                    weight[row - at] = parts.tokens[replaced[row]]
+            yield at, weight
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the adapter gives to one tensor, read."""
+
+    delta: Delta | None
+    bias: Floats | None
+    tokens: Floats | None
+    magnitude: Floats | None
+    column_factor: Floats | None = None
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A whole merge, decided.
+
+    Attributes:
+        tensors: every tensor of the output by key, in the base's order.
+        new: keys that the base's checkpoint does not have.
+        untied: whether embedding and head part ways.
+        vocab_size: the new number of embedding rows, None where it stays.
+        old_vocab_size: the base's number of them, None where it stays.
+    """
+
+    tensors: dict[str, OutputTensor]
+    new: tuple[str, ...]
+    untied: bool
+    vocab_size: int | None
+    old_vocab_size: int | None
+
+
+def plan_merge(adapter: Adapter, base: Checkpoint, dtype: str | None) -> MergePlan:
+    """Decide every output tensor.
+
+    Args:
+        adapter: the adapter.
+        base: the base's checkpoint.
+        dtype: the output dtype of every float tensor, None to keep each one's.
+
+    Raises:
+        UnsupportedError: a quantised base, or one whose tensors do not map one to one.
+        MismatchError: adapter and base do not belong together.
+    """
+    refuse_quantised(base)
+    resolution = resolve(adapter, base)
+    _check_coverage(adapter, resolution)
+    changes = _Planner(adapter, base, resolution)
+    tensors = {key: changes.output(key) for key in base.tensors}
+    new = tuple(sorted(changes.new))
+    for key in new:
+        tensors[key] = changes.new[key]
+    if dtype is not None:
+        tensors = {k: replace(t, dtype=dtype) if t.dtype in dtypes.FLOATS else t for k, t in tensors.items()}
+    sizes = changes.vocabulary()
+    return MergePlan(tensors, new, changes.untied, *sizes)
+
+
+def refuse_quantised(base: Checkpoint) -> None:
+    """Raises UnsupportedError for a base with a quantization_config: its integers take no delta."""
+    quantisation = base.config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
+        raise UnsupportedError(
+            "base-quantised",
+            f"{base.folder}/config.json has a quantization_config ({method}): packed weights take no delta",
+            hint="merge into the original float model, and quantise the result",
+        )
+
+
+def _check_coverage(adapter: Adapter, resolution: Resolution) -> None:
+    """Refuse an adapter that lacks a module its config targets, seen by its siblings in other layers."""
+    config = adapter.config.raw
+    if config.get("layers_to_transform") is not None:
+        return
+    excluded = config.get("exclude_modules")
+    templates = {_template(path) for path in adapter.modules}
+    for name in resolution.keys:
+        path, _, parameter = name.rpartition(".")
+        if (
+            parameter == "weight"
+            and path not in adapter.modules
+            and _template(path) in templates
+            and keys.matches_target(adapter.config.target_modules, path)
+            and not keys.matches_target(excluded, path)
+            and f"{path}.weight" not in adapter.whole
+        ):
+            raise MismatchError(
+                "merge-module-missing",
+                f"the adapter {adapter.folder} has no factors for {path}, which its target_modules picks and whose "
+                "siblings in other layers it adapts",
+                hint="the adapter is incomplete, or the base has more layers than the one it was trained on",
+            )
+
+
+def _template(path: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", path)
+
+
+class _Planner:
+    """Gives every base tensor what the adapter does to it, and checks that all of the adapter lands."""
+
+    def __init__(self, adapter: Adapter, base: Checkpoint, resolution: Resolution) -> None:
+        self.adapter, self.base, self.resolution = adapter, base, resolution
+        self.new: dict[str, OutputTensor] = {}
+        self.by_key: dict[str, OutputTensor] = {}
+        names = sorted({f"{path}.weight" for path in (*adapter.modules, *adapter.tokens)} | set(adapter.whole))
+        names += [f"{path}.bias" for path, module in adapter.modules.items() if "bias" in module.stored]
+        plain = [name for name in names if name not in resolution.tied]
+        tied = [name for name in names if name in resolution.tied]
+        for name in plain:
+            self.by_key[self.key(name)] = self.changed(name, self.stored(name))
+        self.untied = False
+        self.settle_ties(set(plain), tied)
+
+    def key(self, name: str) -> str:
+        if name not in self.resolution.keys:
+            raise missing(self.adapter, self.base, name)
+        return self.resolution.keys[name]
+
+    def stored(self, name: str) -> StoredTensor:
+        """The base's tensor behind a parameter, through a tie if need be."""
+        return self.base.tensors[self.key(self.resolution.tied.get(name, name))]
+
+    def output(self, key: str) -> OutputTensor:
+        """The output tensor at a key of the base."""
+        stored = self.base.tensors[key]
+        return self.by_key.get(key, OutputTensor(key, stored.dtype, stored))
+
+    def settle_ties(self, plain: set[str], tied: list[str]) -> None:
+        """A head that shares the embedding's tensor: keep sharing only where both end up the same.
+
+        PEFT adds a delta to both when it merges one of them; its forward does not. The forward is what was
+        trained, so the two part ways, except for trainable tokens, whose rows PEFT ties itself.
+        """
+        whole = self.adapter.whole
+        for name, source in self.resolution.tied.items():
+            if name not in tied and source not in plain:
+                continue
+            path = source.removesuffix(".weight")
+            if (name not in tied and path in self.adapter.tokens) or (
+                name in whole and source in whole and _same(whole[name], whole[source])
+            ):
+                self.share(name, source)
+            else:
+                self.untied = True
+                target = self.resolution.keys.get(name, name)
+                made = self.changed(name, self.stored(name)) if name in tied else None
+                made = made or OutputTensor(target, self.stored(name).dtype, self.stored(name))
+                (self.by_key if target in self.base.tensors else self.new)[target] = replace(made, name=target)
+
+    def share(self, name: str, source: str) -> None:
+        """The tie stays; a checkpoint that stores the tensor twice gets it twice."""
+        if name in self.resolution.keys:
+            key = self.resolution.keys[name]
+            self.by_key[key] = replace(self.by_key[self.key(source)], name=key)
+
+    def changed(self, name: str, stored: StoredTensor) -> OutputTensor:
+        """What becomes of one parameter; checks that every part fits it."""
+        key = self.resolution.keys.get(name, name)
+        stored.require_float()
+        tensor = OutputTensor(key, stored.dtype, stored)
+        path, _, parameter = name.rpartition(".")
+        if name in self.adapter.whole:
+            new = self.adapter.whole[name]
+            if new.shape[1:] != stored.shape[1:] or (new.shape != stored.shape and not self.may_resize(name)):
+                raise self.shape_error(name, new.shape, stored.shape)
+            tensor = replace(tensor, source=new, replaced=True)
+        module = self.adapter.modules.get(path)
+        if module is not None and parameter == "weight":
+            transposed = module.kind == "embedding" or path in self.resolution.conv1d
+            self.check_delta(module, tensor.source, transposed=transposed)
+            tensor = replace(tensor, module=module, transposed=transposed)
+        if module is not None and parameter == "bias" and "bias" in module.stored:
+            if module.stored["bias"].shape != tensor.source.shape:
+                raise self.shape_error(name, module.stored["bias"].shape, stored.shape)
+            tensor = replace(tensor, bias=module)
+        if parameter == "weight" and path in self.adapter.tokens:
+            rows, indices = self.adapter.tokens[path], self.adapter.token_indices(path)
+            if rows.shape[1:] != tensor.source.shape[1:] or max(indices, default=-1) >= tensor.source.shape[0]:
+                raise self.shape_error(name, rows.shape, stored.shape)
+            tensor = replace(tensor, tokens=TokenRows(rows, indices))
+        return tensor
+
+    def check_delta(self, module: AdapterModule, weight: StoredTensor, *, transposed: bool) -> None:
+        expected = (module.out_features, *module.a_dims)
+        if (module.kind == "linear" and transposed) or module.kind == "embedding":
+            expected = (module.in_features, module.out_features)
+        if weight.shape == expected:
+            return
+        if module.kind == "conv" and weight.shape[2:] == expected[2:] and expected[1] % weight.shape[1] == 0:
+            raise UnsupportedError(
+                "merge-conv-groups",
+                f"{module.path} is a convolution with {expected[1] // weight.shape[1]} groups in {self.base.folder}",
+                hint="merge it with PEFT's merge_and_unload()",
+            )
+        raise self.shape_error(f"{module.path}.weight", expected, weight.shape)
+
+    def shape_error(self, name: str, found: tuple[int, ...], base: tuple[int, ...]) -> MismatchError:
+        return MismatchError(
+            "merge-shape",
+            f"{name!r} is {list(base)} in the base {self.base.folder}, and the adapter is for {list(found)}",
+            hint="give the base it was trained on: "
+            f"{self.adapter.config.raw.get('base_model_name_or_path') or 'unknown'}",
+        )
+
+    def may_resize(self, name: str) -> bool:
+        """Only an embedding or a head may have other rows than the base: a resized vocabulary."""
+        return is_embedding(name.rpartition(".")[0])
+
+    def vocabulary(self) -> tuple[int | None, int | None]:
+        """New and old number of rows, where whole embeddings changed them; they must agree with each other."""
+        changes = {
+            (new.shape[0], self.stored(name).shape[0])
+            for name, new in self.adapter.whole.items()
+            if self.may_resize(name) and new.shape != self.stored(name).shape
+        }
+        if not changes:
+            return None, None
+        if len(changes) > 1:
+            raise MismatchError(
+                "merge-vocabulary",
+                f"the adapter {self.adapter.folder} resizes embedding and head to {sorted(n for n, _ in changes)} rows",
+                hint="both must have one number of rows; save the adapter again",
+            )
+        return changes.pop()
+
+
+def _same(a: StoredTensor, b: StoredTensor) -> bool:
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and a.read_bytes() == b.read_bytes()
