@@ -84,8 +84,8 @@ class ProLoraLayer(BaseTunerLayer):  # type: ignore[misc] # PEFT is untyped
         geometry: adapter -> its shape.
         scaling: adapter -> what B A is multiplied with.
 
-    All four factors are always there (docs/format.md), with a dim of 0 where nothing is shared or unshared: the true in and out
-    features are read from the unshared ones.
+    All four factors are always there, with a dim of 0 where nothing is shared or unshared: a reader of the file
+    takes the true in and out features from the unshared ones.
     """
 
     adapter_layer_names = ("prolora_A", "prolora_B", "prolora_A_unshared", "prolora_B_unshared", "prolora_B_bias")
