@@ -129,6 +129,7 @@ class ProLoraLayer(BaseTunerLayer):  # type: ignore[misc] # PEFT is untyped
         # Not saved: the numbers follow from the geometry.
         self.prolora_rows_A = BufferDict(persistent=False)
         self.prolora_rows_B = BufferDict(persistent=False)
+        self.cast_input_dtype_enabled = True  # what peft.helpers.disable_input_dtype_casting switches
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -187,8 +188,13 @@ class ProLoraLayer(BaseTunerLayer):  # type: ignore[misc] # PEFT is untyped
             return a_unshared, b_unshared
         a = lay_out(self.prolora_A[adapter_name], self.prolora_rows_A[adapter_name], self.in_features)
         bt = lay_out(self.prolora_B[adapter_name].t(), self.prolora_rows_B[adapter_name], self.out_features)
-        # Joined, B is laid out in memory as LoRA's is, so that the products are the same to the bit.
-        return torch.cat([a, a_unshared]), torch.cat([bt.t(), b_unshared], dim=1)
+        # Without a part that is empty: it must not make the output ask for gradients. Joining copies even a single
+        # part, which lays B out in memory as LoRA's is, so that the products are the same to the bit.
+        parts_a, parts_b = [a], [bt.t()]
+        if self.geometry[adapter_name].unshared:
+            parts_a.append(a_unshared)
+            parts_b.append(b_unshared)
+        return torch.cat(parts_a), torch.cat(parts_b, dim=1)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is nothing but a delta weight."""
