@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prolora_tools.core.geometry import Geometry, ceil_div
+from prolora_tools.core.geometry import Geometry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,11 +54,11 @@ def candidates(
     budget: int,
     *,
     max_rank: int = 64,
-    max_chunks: int = 64,
+    max_chunks: int = 16,
     slack: float = 0.0,
     fill: float = 0.9,
 ) -> list[Candidate]:
-    """Geometries with equal chunks on both sides that use a budget well, the fullest first.
+    """Geometries with equal chunks on both sides that use a budget well, the closest to it first.
 
     For every rank and unshared rank there is at most one: the smallest number of chunks that fits. Geometries
     of equal size are sorted by rank, higher first: at the same cost, rank is what sharing buys.
@@ -70,23 +71,16 @@ def candidates(
         slack: share by which a candidate may exceed the budget, for the ceil of uneven chunks.
         fill: share of the budget that a candidate has to use.
     """
-    limit = budget * (1 + slack)
-    per_rank = lora_parameters(shapes, 1)
+    limit = int(budget * (1 + slack))
+    dims = Counter((s.in_features, s.out_features) for s in shapes)
     found: list[Candidate] = []
     for rank in range(1, max_rank + 1):
         for unshared in range(rank + 1):
-            shared = rank - unshared
-            spare = limit - unshared * per_rank
-            if spare < 0 or (shared and not spare):
-                break
-            # Exact division gives the first guess; ceil makes chunks a little larger, so step up from there.
-            chunks = max(ceil_div(shared * per_rank, int(spare) or 1), 1) if shared else 1
-            while chunks <= max_chunks:
+            for chunks in range(2, max_chunks + 1) if unshared < rank else (1,):
                 geometry = Geometry(rank, unshared, chunks, chunks)
-                parameters = prolora_parameters(shapes, geometry)
+                parameters = sum(n * geometry.parameters(*pair) for pair, n in dims.items())
                 if parameters <= limit:
-                    if parameters >= fill * budget and (chunks > 1 or not shared):
+                    if parameters >= fill * budget:
                         found.append(Candidate(geometry, parameters))
                     break
-                chunks += 1
-    return sorted(found, key=lambda c: (-c.parameters, -c.geometry.rank, c.geometry.unshared))
+    return sorted(found, key=lambda c: (abs(budget - c.parameters), -c.geometry.rank, c.geometry.unshared))

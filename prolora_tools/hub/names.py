@@ -20,16 +20,18 @@ SHA1 = re.compile("[0-9a-f]{40}")
 SHA256 = re.compile("[0-9a-f]{64}")
 
 FILES = (
-    "adapter_config.json", "adapter_model.safetensors",
-    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
+    "adapter_config.json", "config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
+    "tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "vocab.bpe", "merges.txt", "spiece.model", "sentencepiece*.model", "source.spm", "target.spm",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "*_Pooling/config.json",
     "README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "NOTICE", "NOTICE.txt", "USE_POLICY.md",
 )  # fmt: skip
 """The files of an adapter or a model: what is pushed and pulled, as globs. Everything else stays where it is."""
 
+_OTHER_COPIES = ("consolidated", "optimizer")
+"""Beginnings of safetensors files that are no part of a transformers model."""
 ADAPTER_PICKLE = "adapter_model.bin"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy")
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -79,6 +81,8 @@ class RepoName:
 
 def is_ours(path: str) -> bool:
     """Whether a file of a repository or folder is one that is pushed and pulled."""
+    if any(part.startswith(".") for part in path.split("/")) or path.startswith(_OTHER_COPIES):
+        return False
     return any(fnmatchcase(path, glob) and path.count("/") == glob.count("/") for glob in FILES)
 
 

@@ -1,0 +1,53 @@
+"""`prolora-tools merge`."""
+
+from __future__ import annotations
+
+import click
+
+from prolora_tools.cli.options import DTYPES, shown, size, written
+
+
+@click.command("merge")
+@click.argument("adapter")
+@click.option("--base", required=True, metavar="BASE", help="The base model's folder.")
+@written
+@click.option("--dtype", type=DTYPES, help="Store all float tensors in this dtype, instead of the base's.")
+@click.option("--max-shard-size", type=size, metavar="SIZE", help="Split anew, such as 5GB; without it, as the base.")
+@click.option("--copy-code", is_flag=True, help="Carry the base's custom code (.py) along.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads; one a core without it.")
+@shown
+def command(
+    adapter: str,
+    base: str,
+    out: str,
+    dtype: str | None,
+    max_shard_size: int | None,
+    threads: int | None,
+    *,
+    copy_code: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Merge a LoRA or PRoLoRA ADAPTER into its base model, shard by shard, into a folder transformers loads.
+
+    Each merged number is scaling * (B A) + W in float32, rounded once. Memory does not grow with the model.
+    """
+    from prolora_tools.cli import output, tables  # noqa: PLC0415 - keeps --help light
+    from prolora_tools.operations.merge import merge  # noqa: PLC0415
+
+    with output.progress(quiet=quiet) as progress:
+        report = merge(
+            adapter,
+            out,
+            base=base,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            copy_code=copy_code,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            threads=threads,
+            progress=progress,
+        )
+    return output.emit(report, tables.merged, as_json=as_json, quiet=quiet)

@@ -1,0 +1,32 @@
+"""`prolora-tools stats`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from prolora_tools.cli.options import shown
+
+if TYPE_CHECKING:
+    from prolora_tools.cli.tables import View
+
+
+@click.command("stats")
+@click.argument("adapter")
+@click.option("--base", metavar="BASE", help="The base model's folder, for the share of its parameters.")
+@click.option(
+    "--by",
+    "view",
+    type=click.Choice(["type", "layer", "module"]),
+    default="type",
+    show_default=True,
+    help="Group the table. --json has all of them.",
+)
+@shown
+def command(adapter: str, base: str | None, view: View, *, as_json: bool, quiet: bool) -> int:
+    """Show an ADAPTER's parameters and bytes, against LoRA and VeRA on the same modules. Reads headers only."""
+    from prolora_tools.cli import output, tables  # noqa: PLC0415 - keeps --help light
+    from prolora_tools.operations.stats import stats  # noqa: PLC0415
+
+    return output.emit(stats(adapter, base=base), tables.budget(view), as_json=as_json, quiet=quiet)
