@@ -533,7 +533,7 @@ def test_on_top_of_a_lora_layer(tokens: torch.Tensor) -> None:
     """Wrapping another tuner's layer: the LoRA below stays, and both add up."""
     lora = get_peft_model(models.llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     expected = logits(lora, tokens)
-    with pytest.warns(UserWarning):  # PEFT: modifying a second time
+    with pytest.warns(UserWarning, match="second time|Already found"):
         both = get_peft_model(lora, config(target_modules=["q_proj"], init_prolora_weights="rectified")).eval()
     assert len([m for m in both.modules() if isinstance(m, ProLoraLinear)]) == 2
     assert close(logits(both, tokens), expected, 1e-6)
