@@ -16,7 +16,7 @@ from prolora_tools.errors import ProloraError
 if TYPE_CHECKING:
     from types import FrameType
 
-COMMANDS = ("compress", "diff", "expand", "merge", "plan", "stats", "verify")
+COMMANDS = ("compress", "diff", "expand", "merge", "plan", "pull", "push", "stats", "verify")
 
 EXIT_BUG, EXIT_INTERRUPTED = 70, 130
 

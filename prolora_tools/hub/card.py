@@ -58,8 +58,8 @@ def render(
     """
     base = hub_id(base if base is not None else config.get("base_model_name_or_path"))
     data = metadata(config, base=base, license_id=license_id)
-    title = repo.rpartition("/")[2] if repo != PLACEHOLDER else "prolora" in data["tags"] and "PRoLoRA adapter"
-    name = title or ("LoRA adapter" if "lora" in data["tags"] else "Merged model")
+    kinds = {"PROLORA": "PRoLoRA adapter", "LORA": "LoRA adapter"}
+    name = kinds.get(str(config.get("peft_type")), "Merged model") if repo == PLACEHOLDER else repo.rpartition("/")[2]
     parts = [f"# {name}", _intro(config, base), _table(report), _made(report, source_commit), _use(config, base, repo)]
     body = "\n\n".join(part for part in parts if part)
     return f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n\n{body}\n"
@@ -109,16 +109,18 @@ def completed(text: str, wanted: Mapping[str, Any], *, license_id: str | None = 
 def _without_paths(data: Mapping[str, Any]) -> dict[str, Any]:
     kept = dict(data)
     bases = kept.get("base_model", [])
-    honest = [b for b in ([bases] if isinstance(bases, str) else bases) if not _is_path(b)]
+    honest = [b for b in ([bases] if isinstance(bases, str) else bases or []) if not _is_path(str(b))]
     kept["base_model"] = bases if honest and isinstance(bases, str) else honest
     tags = kept.get("tags") or []
     kept["tags"] = [tags] if isinstance(tags, str) else tags
-    kept["tags"] = [t for t in kept["tags"] if not (str(t).startswith("base_model:") and _is_path(t.split(":")[-1]))]
+    kept["tags"] = [
+        t for t in kept["tags"] if not (str(t).startswith("base_model:") and _is_path(str(t).split(":")[-1]))
+    ]
     return {k: v for k, v in kept.items() if v not in (None, [])}
 
 
 def _is_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
 
 
 def _intro(config: Mapping[str, Any], base: str | None) -> str:

@@ -145,16 +145,16 @@ def talking(repo: RepoName) -> Iterator[None]:
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         raise _explain(error, repo) from error
     except errors.HFValidationError as error:
-        raise RequestError("hub-name-refused", f"{repo}: {_line(error)}", hint="check the name") from error
+        raise RequestError("hub-name-refused", f"{repo}: {line(error)}", hint="check the name") from error
     except TransportError as error:
         raise InputError(
             "hub-unreachable",
-            f"{constants.ENDPOINT} cannot be reached: {_line(error) or type(error).__name__}",
+            f"{constants.ENDPOINT} cannot be reached: {line(error) or type(error).__name__}",
             hint="check the network and HF_ENDPOINT, and run the command again",
         ) from error
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
     """The last telling line of a client's message, without request ids."""
     lines = [re.sub(r" \(Request ID: [^)]*\)", "", line).strip() for line in str(error).splitlines()]
     return next((line for line in reversed(lines) if line), "")
@@ -216,5 +216,5 @@ def _explain(error: Exception, repo: RepoName) -> InputError:
         if holds:
             return InputError(code, message, hint=hint)
     return InputError(
-        "hub-answer", f"{repo}: the Hub answers {status}: {_line(error)}", hint="run the command again in some minutes"
+        "hub-answer", f"{repo}: the Hub answers {status}: {line(error)}", hint="run the command again in some minutes"
     )
