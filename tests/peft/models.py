@@ -17,12 +17,12 @@ from transformers import (
 VOCAB = 64
 
 
-def llama(*, tied: bool = False) -> Any:
+def llama(*, tied: bool = False, hidden: int = 32, intermediate: int = 44) -> Any:
     """Linear layers, grouped queries: in and out differ."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied,
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
