@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import itertools
 import json
@@ -202,8 +203,6 @@ def is_lfs(path: str, sample: bytes, size: int) -> bool:
 
 def apply_operations(files: dict[str, Entry], operations: list[tuple[str, dict[str, str]]], objects: Objects) -> None:
     """Change a tree by the lines of a commit; contents are given or stored already."""
-    import base64  # noqa: PLC0415 - used here only
-
     for kind, value in operations:
         path = value["path"]
         if path.startswith("/") or {"..", ".git"} & set(path.split("/")):

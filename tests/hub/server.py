@@ -7,6 +7,7 @@ In a test: `with Hub(folder) as hub: ...` and `hub.environment()` for the client
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import re
@@ -545,8 +546,6 @@ def _writable(h: _Handler, name: str) -> Repo:
 
 @_route("POST", "/api/models/{id}/preupload/{rev}")
 def _preupload(h: _Handler, id: str, rev: str) -> Reply:  # noqa: A002 - the route's group
-    import base64  # noqa: PLC0415 - used here only
-
     commit = _writable(h, id).commit(rev)
     files: list[dict[str, object]] = []
     for asked in h.json()["files"]:

@@ -113,11 +113,9 @@ def test_stale_parent_and_missing_delete_are_refused(hub: Hub) -> None:
     assert call(hub, "POST", url, ndjson(("header", {"summary": "s"}), gone))[0] == 404
 
 
-def test_cdn_refuses_a_token() -> None:
+def test_cdn_refuses_a_token(tmp_path: Path) -> None:
     """The fixture's own check that a leak would be seen."""
-    import tempfile  # noqa: PLC0415 - this test wants its own hub, without the fixture's check
-
-    with tempfile.TemporaryDirectory() as folder, Hub(Path(folder)) as hub:
+    with Hub(tmp_path) as hub:
         entry = hub.objects.add("x.bin", b"\0abc")
         assert call(hub, "GET", f"{hub.cdn}/objects/{entry.sha256}")[0] == 400
         assert [r for r in hub.requests if r.origin == "cdn" and r.authorization]
