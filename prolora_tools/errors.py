@@ -34,6 +34,11 @@ class ProloraError(Exception):
         self.args = (self.message,)
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says in its first line, or its class where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class RequestError(ProloraError):
     """The request makes no sense whatever the files hold: wrong usage."""
 
@@ -54,4 +59,3 @@ class MismatchError(ProloraError):
 
 class OutputError(ProloraError):
     """The output could not be written; nothing of it is left behind."""
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -24,7 +25,7 @@ def _scaled(value: str, units: dict[str, int], what: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
     if not match or match[2] not in units:
         raise click.BadParameter(f"{value!r} is not {what}")
-    return round(float(match[1]) * units[match[2]])
+    return round(Decimal(match[1]) * units[match[2]])
 
 
 def count(value: str) -> int:

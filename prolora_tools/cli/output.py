@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from prolora_tools.errors import OutputError
 from prolora_tools.progress import SILENT
 
 if TYPE_CHECKING:
@@ -36,10 +38,21 @@ def emit(report: Report, render: Callable[[Any, Console], None], *, as_json: boo
     Returns:
         The exit code: 0, or 3 where the result is outside the tolerance asked for.
     """
-    if as_json:
-        sys.stdout.write(json.dumps(report.to_json(), indent=2) + "\n")
-    else:
-        render(report, console(sys.stdout))
+    try:
+        if as_json:
+            sys.stdout.write(json.dumps(report.to_json(), indent=2) + "\n")
+        else:
+            render(report, console(sys.stdout))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it exits
+        raise OutputError(
+            "stdout-unwritable",
+            f"the report cannot be written to stdout: {error.strerror}",
+            hint="free space where stdout is redirected to; the command's own output folder is complete",
+        ) from error
     for note in () if quiet else getattr(report, "notes", ()):
         console(sys.stderr).print(f"Note: {note}", style="yellow")
     return 0 if report.ok else 3
@@ -49,9 +62,14 @@ def print_error(message: str, hint: str) -> None:
     """An error and its hint, on stderr, not wrapped: paths stay whole to be copied."""
     err = console(sys.stderr)
     err.print("Error:", style="bold red", end=" ")
-    err.print(message, soft_wrap=True)
+    err.print(_one_line(message), soft_wrap=True)
     err.print("Hint:", style="bold", end=" ")
-    err.print(hint, soft_wrap=True)
+    err.print(_one_line(hint), soft_wrap=True)
+
+
+def _one_line(text: str) -> str:
+    """Text with what a terminal would obey written as escapes: names in a file are whatever its maker put there."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 class _Rich:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from prolora_tools.core.sharing import expand
-from prolora_tools.errors import InputError
+from prolora_tools.errors import InputError, first_line
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.checkpoint import require_folder
 from prolora_tools.files.config import FILE, AdapterConfig, dump
@@ -221,32 +221,39 @@ def _weights_file(folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 def _read_bin(file: Path) -> dict[str, StoredTensor]:
     """A pickled state dict, through torch's weights_only unpickler and nothing else."""
-    import pickle  # noqa: PLC0415 - only its exception is used
-
     import torch  # noqa: PLC0415 - the one place where reading an adapter needs torch
 
     with reading(file):
         file.open("rb").close()
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        entries = state.items() if isinstance(state, dict) else [("", state)]
+        return {name: _loaded(file, name, value) for name, value in entries}
+    except InputError:
+        raise
+    except Exception as error:  # a broken pickle makes torch raise anything, IndexError and TypeError too
         raise InputError(
             "bin-unreadable",
-            f"{file}: torch.load(weights_only=True) refuses it: {str(error).splitlines()[0]}",
+            f"{file}: torch.load(weights_only=True) refuses it: {first_line(error)}",
             hint="the file is damaged, or holds code; get the adapter as safetensors",
         ) from error
+
+
+def _loaded(file: Path, name: object, value: object) -> LoadedTensor:
+    """One entry of a state dict."""
+    import torch  # noqa: PLC0415 - seconds of import
+
     names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    tensors: dict[str, StoredTensor] = {}
-    for name, value in state.items() if isinstance(state, dict) else ():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.dtype not in names:
-            raise InputError(
-                "bin-content",
-                f"{file}: the entry {name!r} is not a float tensor",
-                hint="get the adapter as safetensors",
-            )
-        raw = value.contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        tensors[name] = LoadedTensor(name, names[value.dtype], tuple(value.shape), file, 0, len(raw), raw)
-    return tensors
+    tensor = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.dtype in names
+    if not isinstance(name, str) or not tensor:
+        raise InputError(
+            "bin-content",
+            f"{file}: the entry {name!r} is a {type(value).__name__}, expected a float tensor by its name",
+            hint="get the adapter as safetensors",
+        )
+    assert isinstance(value, torch.Tensor)
+    raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return LoadedTensor(name, names[value.dtype], tuple(value.shape), file, 0, len(raw), raw)
 
 
 class _Sorter:
@@ -295,7 +302,7 @@ class _Sorter:
         saved = self.config.raw.get("modules_to_save")
         names = [saved] if isinstance(saved, str) else saved if isinstance(saved, list) else []
         in_saved = any(f".{name}." in f".{target}" for name in names)
-        bias = parameter == "bias" and self.config.raw.get("bias", "none") in {"all", "lora_only"}
+        bias = parameter == "bias" and self.config.bias != "none"
         embedding = parameter in {"weight", "bias"} and is_embedding(path)
         if not (in_saved or bias or embedding) or target in self.whole:
             raise InputError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prolora_tools.errors import InputError, UnsupportedError
-from prolora_tools.files.tensors import StoredTensor, read_header, read_json
+from prolora_tools.files.tensors import StoredTensor, read_header, read_json, reading
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,7 +85,8 @@ class Checkpoint:
             )
         shards: dict[str, dict[str, StoredTensor]] = {}
         for file_name in sorted(set(weight_map.values())):
-            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+            plain = file_name.isprintable() and Path(file_name).name == file_name
+            if not plain or not file_name.endswith(".safetensors"):
                 raise InputError(
                     "index-file-name",
                     f"{folder / INDEX}: {file_name!r} is not the name of a safetensors file in this folder",
@@ -122,11 +124,21 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json, so it is not a transformers model",
             hint="give the folder that holds the model's config.json",
         )
-    return read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("model_type", ""), str):
+        raise InputError(
+            "base-config-field",
+            f"{folder / 'config.json'}: model_type is {config['model_type']!r}, expected a name",
+            hint="repair the field, or download the file again",
+        )
+    return config
 
 
 def require_folder(folder: Path) -> None:
-    """Raises InputError unless `folder` is a directory."""
-    if not folder.is_dir():
-        what = "is a file, expected a folder" if folder.exists() else "does not exist"
-        raise InputError("folder-missing", f"{folder} {what}", hint="check the path")
+    """Raises InputError unless `folder` is a directory whose files can be listed and reached."""
+    with reading(folder):
+        if not folder.is_dir():
+            what = "is a file, expected a folder" if folder.exists() else "does not exist"
+            raise InputError("folder-missing", f"{folder} {what}", hint="check the path")
+        os.scandir(folder).close()
+        os.stat(os.path.join(folder, "."))  # noqa: PTH116, PTH118 - a Path would drop the dot

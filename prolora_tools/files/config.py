@@ -9,11 +9,11 @@ import json
 import math
 import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from prolora_tools.core.geometry import Geometry
-from prolora_tools.errors import InputError, UnsupportedError
-from prolora_tools.files.keys import pattern_key
+from prolora_tools.errors import InputError, RequestError, UnsupportedError
+from prolora_tools.files.keys import pattern_key, wrapped
 from prolora_tools.files.tensors import read_json
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class AdapterConfig:
         use_rslora: scaling is alpha / sqrt(r) instead of alpha / r.
         use_dora: the adapter holds magnitudes.
         target_modules: list of names, or a regex.
+        exclude_modules: the same, for what `target_modules` picks and the adapter leaves out.
+        bias: which of the base's biases were trained: none, all or lora_only.
     """
 
     raw: dict[str, Any]
@@ -67,6 +69,8 @@ class AdapterConfig:
     use_rslora: bool
     use_dora: bool
     target_modules: list[str] | str | None
+    exclude_modules: list[str] | str | None = None
+    bias: str = "none"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     unshared_r: int = 0
@@ -96,7 +100,7 @@ class AdapterConfig:
     def from_json(cls, raw: dict[str, Any], path: Path) -> AdapterConfig:
         """Check a parsed adapter_config.json; `path` is for messages."""
         kind = raw.get("peft_type")
-        if kind not in {"LORA", "PROLORA"}:
+        if not isinstance(kind, str) or kind not in {"LORA", "PROLORA"}:
             raise UnsupportedError(
                 "config-peft-type",
                 f"{path}: peft_type is {kind!r}, expected LORA or PROLORA",
@@ -120,7 +124,9 @@ class AdapterConfig:
             alpha=fields.number("lora_alpha", 8),
             use_rslora=fields.flag("use_rslora"),
             use_dora=fields.flag("use_dora"),
-            target_modules=fields.targets(),
+            target_modules=fields.targets("target_modules"),
+            exclude_modules=fields.targets("exclude_modules"),
+            bias=fields.bias(),
             rank_pattern=fields.pattern("rank_pattern", integers=True),
             alpha_pattern=fields.pattern("alpha_pattern"),
         )
@@ -154,7 +160,21 @@ class AdapterConfig:
         return self.alpha_of(path) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def geometry(self, path: str) -> Geometry:
-        """The module's geometry; a LoRA's is all unshared."""
+        """The module's geometry; a LoRA's is all unshared.
+
+        Raises:
+            InputError: the config's numbers for this module do not go together.
+        """
+        try:
+            return self._geometry(path)
+        except RequestError as error:
+            raise InputError(
+                "config-geometry",
+                f"{FILE} gives {path} an impossible shape: {error.message}",
+                hint="repair r, unshared_r, chunks, strides or their patterns, or save the adapter again",
+            ) from error
+
+    def _geometry(self, path: str) -> Geometry:
         rank = self.rank(path)
         if not self.prolora:
             return Geometry.lora(rank)
@@ -215,6 +235,11 @@ def _refuse(raw: dict[str, Any], path: Path) -> None:
             )
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    """A finite number that arithmetic can use: JSON has infinities in Python's eyes, and integers of any size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 class _Fields:
     """Typed access to the fields of a parsed config; every wrong type is one error naming the field."""
 
@@ -241,10 +266,10 @@ class _Fields:
         return None if self.raw.get(name) is None else self.integer(name, 0)
 
     def number(self, name: str, default: float) -> float:
-        value = self.raw.get(name)
+        value: float | None = self.raw.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value):
             raise self.wrong(name, "a number")
         return value
 
@@ -256,32 +281,39 @@ class _Fields:
             raise self.wrong(name, "true or false")
         return value
 
-    def targets(self) -> list[str] | str | None:
-        value = self.raw.get("target_modules")
+    def bias(self) -> str:
+        value = self.raw.get("bias")
+        if value is None:
+            return "none"
+        if not isinstance(value, str) or value not in {"none", "all", "lora_only"}:
+            raise self.wrong("bias", "none, all or lora_only")
+        return value
+
+    def targets(self, name: str) -> list[str] | str | None:
+        value = self.raw.get(name)
         if isinstance(value, list) and all(isinstance(v, str) for v in value):
             return value
         if isinstance(value, str):
-            self.check_regex("target_modules", value)
+            self.check_regex(name, value)
             return value
         if value is None:
             return None
-        raise self.wrong("target_modules", "a list of names or a regex")
+        raise self.wrong(name, "a list of names or a regex")
 
     def pattern(self, name: str, *, integers: bool = False) -> dict[str, Any]:
         value = self.raw.get(name)
         if value is None:
             return {}
-        kinds = int if integers else (int, float)
         if not isinstance(value, dict) or not all(
-            isinstance(v, kinds) and not isinstance(v, bool) for v in value.values()
+            _is_number(v) and (isinstance(v, int) or not integers) for v in value.values()
         ):
-            raise self.wrong(name, "an object of numbers by module name")
+            raise self.wrong(name, f"an object of {'whole ' if integers else ''}numbers by module name")
         for key in value:
-            self.check_regex(name, key)
+            self.check_regex(name, wrapped(key))
         return value
 
     def check_regex(self, name: str, pattern: str) -> None:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise self.wrong(name, f"valid regular expressions ({pattern!r}: {error})") from error

@@ -75,10 +75,15 @@ def renamed(name: str, *, prolora: bool) -> str:
     return (prolora_key if prolora else lora_key)(*place)
 
 
+def wrapped(pattern: str) -> str:
+    """The regex that a pattern of a rank_pattern or the like stands for (PEFT's rule)."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def pattern_key(patterns: Mapping[str, object], path: str) -> str | None:
     """The entry of a rank_pattern or the like that holds for `path`: the first in file order (PEFT's rule)."""
     for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if re.match(wrapped(pattern), path):
             return pattern
     return None
 

@@ -2,7 +2,9 @@
 
 Format: 8 bytes little-endian header length, a JSON object of that length, then the data
 (https://github.com/huggingface/safetensors#format). Our own parser, since the library does not tell where
-in the file a tensor lies, which streaming needs. It is as strict as the library's and refuses duplicate keys too.
+in the file a tensor lies, which streaming needs. It is as strict as the library's, and refuses three things that
+the library lets pass: a key given twice (which of the two would hold?), and an entry written as an array or a
+dtype written as an object, accidents of the library's JSON reader.
 """
 
 from __future__ import annotations
@@ -144,26 +146,34 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     with reading(path):
         raw = path.read_bytes()
-    return _parse_object(raw, path, "json-invalid", hint="repair the JSON, or download the file again")
+    try:
+        return _parse_object(raw, path)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            "json-invalid", f"{path}: no JSON object: {error}", hint="repair the JSON, or download the file again"
+        ) from error
 
 
-def _parse_object(raw: bytes, path: Path, code: str, *, hint: str) -> dict[str, Any]:
+def _parse_object(raw: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object that can be written again, every key given once; any other fault is a ValueError."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if key in seen:
                 raise InputError(
-                    "json-duplicate-key", f"{path}: the key {key!r} stands twice in one JSON object", hint=hint
+                    "json-duplicate-key",
+                    f"{path}: the key {key!r} stands twice in one JSON object",
+                    hint="which of the two holds cannot be known: repair the file, or get it again",
                 )
             seen[key] = value
         return seen
 
-    try:
-        parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise InputError(code, f"{path}: not valid JSON: {error}", hint=hint) from error
+    parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     if not isinstance(parsed, dict):
-        raise InputError(code, f"{path}: the JSON is a {type(parsed).__name__}, expected an object", hint=hint)
+        raise ValueError(f"it is a {type(parsed).__name__}")  # noqa: TRY004 - the caller asks for ValueErrors
+    if b"\\ud" in raw.lower():
+        json.dumps(parsed, ensure_ascii=False).encode()  # half a surrogate pair is no text
     return parsed
 
 
@@ -180,21 +190,28 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         size = os.fstat(f.fileno()).st_size
         head = f.read(8)
         length = int.from_bytes(head, "little")
+        if length > MAX_HEADER:
+            raise InputError(
+                "safetensors-header-size",
+                f"{path}: by its first 8 bytes the header has {length:,}, at most {MAX_HEADER:,} are accepted",
+                hint="this is no safetensors file; if it is a Git LFS pointer, run git lfs pull",
+            )
         if len(head) < 8 or length > size - 8:
             raise InputError(
                 "safetensors-truncated",
                 f"{path}: {size:,} bytes long, expected a header of {length:,} bytes after the first 8",
                 hint=REDOWNLOAD,
             )
-        if length > MAX_HEADER:
-            raise InputError(
-                "safetensors-header-size",
-                f"{path}: the header says it has {length:,} bytes, at most {MAX_HEADER:,} are accepted",
-                hint="this is no safetensors file, or a hostile one",
-            )
         raw = f.read(length)
-    header = _parse_object(raw, path, "safetensors-header-json", hint=REDOWNLOAD)
-    metadata = header.pop("__metadata__", {})
+    try:
+        header = _parse_object(raw, path)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            "safetensors-header-json", f"{path}: the header is no JSON object: {error}", hint=REDOWNLOAD
+        ) from error
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InputError(
             "safetensors-metadata",
@@ -208,20 +225,32 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
+
+
+def _bits(dtype: str, shape: list[int]) -> int:
+    """Bits of a tensor, or the first product of its dims, from the left, that is too large: as the library does."""
+    items = 1
+    for dim in shape:
+        items *= dim
+        if items >= 2**64:
+            return items
+    return items * dtypes.ITEM_BITS[dtype]
 
 
 def _stored_tensor(path: Path, name: str, entry: object, data_start: int) -> StoredTensor:
     """One entry of the header, checked by itself."""
     bad = f"{path}: the header's entry for {name!r}"
     hint = "write the file again with the safetensors library"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise InputError("safetensors-entry", f"{bad} is not an object of dtype, shape and data_offsets", hint=hint)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in dtypes.ITEM_BITS:
+    if not isinstance(dtype, str) or dtype not in dtypes.ITEM_BITS:
         raise InputError("safetensors-dtype", f"{bad} has the unknown dtype {dtype!r}", hint=hint)
-    if not isinstance(shape, list) or not all(_is_count(d) for d in shape):
-        raise InputError("safetensors-shape", f"{bad} has the shape {shape!r}, expected whole numbers", hint=hint)
+    if not isinstance(shape, list) or not all(_is_count(d) for d in shape) or _bits(dtype, shape) >= 2**64:
+        raise InputError(
+            "safetensors-shape", f"{bad} has the shape {shape!r}, expected whole numbers, under 2^64 bits", hint=hint
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(o) for o in offsets):
         raise InputError(
             "safetensors-offsets", f"{bad} has the data_offsets {offsets!r}, expected [begin, end]", hint=hint
@@ -229,9 +258,10 @@ def _stored_tensor(path: Path, name: str, entry: object, data_start: int) -> Sto
     begin, end = offsets
     expected = dtypes.n_bytes(dtype, math.prod(shape))
     if end - begin != expected:
+        whole = "a whole number of" if expected is None else f"{expected:,}"
         raise InputError(
             "safetensors-size",
-            f"{bad} has the data_offsets {offsets}, {end - begin:,} bytes, expected {expected} for {dtype} {shape}",
+            f"{bad} has the data_offsets {offsets}, {end - begin:,} bytes, expected {whole} for {dtype} {shape}",
             hint=REDOWNLOAD,
         )
     return StoredTensor(name, dtype, tuple(shape), path, data_start + begin, end - begin)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prolora_tools.errors import OutputError
-from prolora_tools.files.tensors import layout
+from prolora_tools.files.tensors import layout, reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +30,11 @@ def check_target(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     Raises:
         OutputError: with the reason; nothing has been written.
     """
+    with writing(out):
+        _check_target(out, inputs, overwrite=overwrite)
+
+
+def _check_target(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     real = out.resolve()
     for source in inputs:
         other = source.resolve()
@@ -74,21 +79,25 @@ def staged(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> Iterator[Pa
     Raises:
         OutputError: the target is refused, or cannot be written.
     """
-    with writing(out):
-        check_target(out, inputs, overwrite=overwrite)
-        parent = out.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        stage = parent / f".{out.resolve().name}{STAGE}-{os.getpid()}"
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir()
+    check_target(out, inputs, overwrite=overwrite)
+    out = out.absolute()
+    stage = out.parent / f".{out.resolve().name}{STAGE}-{os.getpid()}"
+    new_parents: list[Path] = []
     try:
         with writing(out):
+            new_parents += [p for p in out.parents if not p.exists()]
+            out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir()
             yield stage
             sync_folder(stage)
-            _replace(stage, out.absolute())
-            sync_folder(parent)
+            _replace(stage, out)
+            sync_folder(out.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        for parent in new_parents:  # innermost first; those that hold the finished folder are not empty
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _replace(stage: Path, out: Path) -> None:
@@ -96,11 +105,12 @@ def _replace(stage: Path, out: Path) -> None:
         stage.rename(out)
         return
     aside = stage.with_name(f"{stage.name}-replaced")
-    out.rename(aside)
     try:
+        out.rename(aside)
         stage.rename(out)
-    except OSError:
-        aside.rename(out)
+    except BaseException:  # an interrupt between the two renames too
+        if aside.exists() and not out.exists():
+            aside.rename(out)
         raise
     shutil.rmtree(aside)
 
@@ -130,6 +140,21 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy and sync a file, mode 0666 & ~umask; tells a source that cannot be read from a target that is full."""
+    with reading(source):
+        handle = source.open("rb")
+    with handle, target.open("xb") as f:
+        while True:
+            with reading(source):
+                piece = handle.read(1 << 20)
+            if not piece:
+                break
+            f.write(piece)
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def write_file(path: Path, data: bytes) -> None:

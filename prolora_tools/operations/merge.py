@@ -17,7 +17,7 @@ from prolora_tools.files.checkpoint import INDEX, SINGLE, Checkpoint
 from prolora_tools.files.config import dump
 from prolora_tools.files.stream import Files, copy_span, reserve, start_writeback, write_at
 from prolora_tools.files.tensors import layout, reading
-from prolora_tools.files.writer import check_target, staged, write_file
+from prolora_tools.files.writer import check_target, copy_file, staged, write_file
 from prolora_tools.operations.merge_plan import Blocks, MergePlan, OutputTensor, plan_merge
 from prolora_tools.progress import SILENT, Progress
 from prolora_tools.reports import MergeReport, ShardReport
@@ -104,8 +104,7 @@ def merge(
         write_file(stage / "config.json", dump(_config(checkpoint.config, plan, dtype)))
         for name, source in carried.items():
             (stage / name).parent.mkdir(exist_ok=True)
-            with reading(source):
-                shutil.copyfile(source, stage / name)
+            copy_file(source, stage / name)
         Checkpoint.open(stage)  # what we wrote must open
     return report
 
@@ -204,7 +203,7 @@ class _Writer:
     def _shard_tasks(self, shard: _Shard, output: int) -> Iterator[Callable[[], None]]:
         for name, tensor in shard.tensors.items():
             at, size = shard.spans[name]
-            if tensor.copied and not hasattr(tensor.source, "data"):
+            if tensor.copied and not tensor.replaced:  # the adapter's own weights are checked to be finite
                 for offset in range(0, size, TASK_BYTES):
                     yield _call(self.copy, tensor, output, at, offset, min(TASK_BYTES, size - offset))
                 continue

@@ -96,7 +96,7 @@ class Blocks:
 
     def rows_of(self, tensor: OutputTensor) -> int:
         """Rows in one block."""
-        return max(1, self.block_bytes // (4 * tensor.matrix[1]))
+        return max(1, self.block_bytes // (4 * max(tensor.matrix[1], 1)))
 
     def __call__(
         self, tensor: OutputTensor, start: int = 0, stop: int | None = None
@@ -118,7 +118,8 @@ class Blocks:
                 raise InputError(
                     "merge-not-finite",
                     f"{tensor.name!r} would hold inf or nan after the merge, first in row {at + int(bad.argmax())}",
-                    hint="the base holds such a value there, or the sum overflows the dtype: try --dtype float32",
+                    hint="the base or the adapter's own weight holds such a value, or the sum overflows the dtype: "
+                    "try --dtype float32",
                 )
             yield at, carrier
 
@@ -242,10 +243,8 @@ def refuse_quantised(base: Checkpoint) -> None:
 
 def _check_coverage(adapter: Adapter, resolution: Resolution) -> None:
     """Refuse an adapter that lacks a module its config targets, seen by its siblings in other layers."""
-    config = adapter.config.raw
-    if config.get("layers_to_transform") is not None:
+    if adapter.config.raw.get("layers_to_transform") is not None:
         return
-    excluded = config.get("exclude_modules")
     templates = {_template(path) for path in adapter.modules}
     for name in resolution.keys:
         path, _, parameter = name.rpartition(".")
@@ -254,7 +253,7 @@ def _check_coverage(adapter: Adapter, resolution: Resolution) -> None:
             and path not in adapter.modules
             and _template(path) in templates
             and keys.matches_target(adapter.config.target_modules, path)
-            and not keys.matches_target(excluded, path)
+            and not keys.matches_target(adapter.config.exclude_modules, path)
             and f"{path}.weight" not in adapter.whole
         ):
             raise MismatchError(
@@ -360,10 +359,11 @@ class _Planner:
             expected = (module.in_features, module.out_features)
         if weight.shape == expected:
             return
-        if module.kind == "conv" and weight.shape[2:] == expected[2:] and expected[1] % weight.shape[1] == 0:
+        channels = weight.shape[1] if module.kind == "conv" and weight.shape[2:] == expected[2:] else 0
+        if channels and channels < expected[1] and expected[1] % channels == 0:
             raise UnsupportedError(
                 "merge-conv-groups",
-                f"{module.path} is a convolution with {expected[1] // weight.shape[1]} groups in {self.base.folder}",
+                f"{module.path} is a convolution with {expected[1] // channels} groups in {self.base.folder}",
                 hint="merge it with PEFT's merge_and_unload()",
             )
         raise self.shape_error(f"{module.path}.weight", expected, weight.shape)

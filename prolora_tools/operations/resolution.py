@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prolora_tools.errors import InputError, MismatchError, UnsupportedError
+from prolora_tools.errors import InputError, MismatchError, UnsupportedError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -142,10 +142,10 @@ def meta_model(folder: Path, config: dict[str, Any], adapter: Adapter | None = N
                 model = cls.from_config(parsed) if hasattr(cls, "_model_mapping") else cls(parsed)
             if paths <= {name for name, _ in model.named_modules()}:
                 return model
-    except (ValueError, KeyError, OSError, AttributeError, TypeError, ImportError, RuntimeError) as error:
+    except Exception as error:  # what transformers raises on a config that makes no sense is anything
         raise InputError(
             "base-config-unknown",
-            f"transformers cannot build a model from {folder}/config.json: {str(error).splitlines()[0]}",
+            f"transformers cannot build a model from {folder}/config.json: {first_line(error)}",
             hint="check model_type and architectures, or upgrade transformers",
         ) from error
     assert adapter is not None

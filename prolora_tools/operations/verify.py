@@ -105,7 +105,7 @@ def _config_problems(config: dict[str, Any], plan: MergePlan) -> list[TensorProb
         problems.append(
             TensorProblem("config.json", "tie_word_embeddings is not false, so the head would take the embedding")
         )
-    sizes = {part.get("vocab_size") for part in (config, *config.values()) if isinstance(part, dict)}
+    sizes = [part.get("vocab_size") for part in (config, *config.values()) if isinstance(part, dict)]
     if plan.vocab_size is not None and plan.vocab_size not in sizes:
         problems.append(TensorProblem("config.json", f"vocab_size is not {plan.vocab_size}, the embedding's rows"))
     return problems
