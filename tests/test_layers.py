@@ -1,4 +1,4 @@
-"""The layering rules of docs/explanation/architecture.md, held."""
+"""The layering rules of docs/architecture.md, held."""
 
 from __future__ import annotations
 
