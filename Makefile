@@ -19,10 +19,10 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python scripts/cli_reference.py --check
+	$(BIN)/python scripts/reference.py --check
 
 docs: .venv/dev.stamp
-	$(BIN)/python scripts/cli_reference.py
+	$(BIN)/python scripts/reference.py
 
 .venv/python.stamp:
 	$(PYTHON) -m venv .venv
