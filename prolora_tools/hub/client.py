@@ -146,6 +146,12 @@ def talking(repo: RepoName) -> Iterator[None]:
         raise _explain(error, repo) from error
     except errors.HFValidationError as error:
         raise RequestError("hub-name-refused", f"{repo}: {line(error)}", hint="check the name") from error
+    except (ValueError, KeyError) as error:
+        raise InputError(
+            "hub-answer-malformed",
+            f"{constants.ENDPOINT} gives an answer that is not a Hub's: {type(error).__name__}: {line(error)}",
+            hint="check HF_ENDPOINT, and whether a proxy or a login page stands between",
+        ) from error
     except TransportError as error:
         raise InputError(
             "hub-unreachable",

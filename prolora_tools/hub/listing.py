@@ -227,7 +227,7 @@ class Download:
             return
         with _open(self.listing, file.path, f"bytes={have}-" if have else None) as response:
             skip = have if response.status_code != 206 else 0
-            for piece in response.iter_raw(_PIECE):
+            for piece in response.iter_raw():  # as it comes: what came before a cut counts
                 if self.stopped.is_set():
                     return
                 fresh = piece[skip:] if skip else piece

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prolora_tools.errors import InputError, MismatchError, OutputError, RequestError
+from prolora_tools.errors import InputError, MismatchError, OutputError, ProloraError, RequestError
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.checkpoint import INDEX, Checkpoint
 from prolora_tools.files.tensors import read_header, read_json
@@ -170,6 +170,15 @@ def check_contents(listing: Listing, folder: Path) -> None:
     Raises:
         InputError: a safetensors header is too large or not valid, a config asks for code, or shards are missing.
     """
+    try:
+        _check_contents(listing, folder)
+    except ProloraError as error:  # the folder is a stage or a cache, which tells the user nothing
+        error.message = error.message.replace(str(folder), str(listing.name))
+        error.args = (error.message,)
+        raise
+
+
+def _check_contents(listing: Listing, folder: Path) -> None:
     for file in listing.files:
         path = folder.joinpath(*file.path.split("/"))
         if path.suffix == ".safetensors":

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -41,7 +41,7 @@ class Fault:
     """What goes wrong with the next `times` requests whose "METHOD path" matches.
 
     status: answer `value` and do nothing. drop: cut the connection in the request's body. lost: do it, then cut.
-    cut: send half the body. long: send more than announced. flip: change one byte of the body. redirect: 302 to the
+    cut: send half the body. long: send more than the file has. flip: change one byte of the body. redirect: 302 to the
     URL `value`. headers: set the headers `value`. pause: wait `value` seconds first.
     """
 
@@ -93,6 +93,7 @@ class Hub:
         self.page_size = 1000
         self.multipart_over = 64 << 20
         self.part_size = 8_000_000
+        self.verify_at: str | None = None  # for a Hub that sends the client elsewhere
         self.lock = threading.RLock()
         self.servers = [_Server(port, self, "hub"), _Server(0, self, "cdn")]
         self.url, self.cdn = (f"http://127.0.0.1:{s.server_address[1]}" for s in self.servers)
@@ -234,7 +235,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._cut()
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         size = reply.span[2] - reply.span[1] if reply.span else len(body)
-        headers = {"Content-Length": str(size), "Content-Type": "application/json", "X-Request-Id": "loopback"}
+        announced = size + (1000 if "long" in self.faults else 0)
+        headers = {"Content-Length": str(announced), "Content-Type": "application/json", "X-Request-Id": "loopback"}
         self.send_response(reply.status)
         for name, value in (headers | reply.headers | self.faults.get("headers", {})).items():
             self.send_header(name, value)
@@ -257,8 +259,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2])
             self._cut()
         self.wfile.write(data + b"x" * 1000 if "long" in self.faults else data)
-        if "long" in self.faults:
-            self._cut()
         return size
 
     def read(self, size: int = -1) -> bytes:
@@ -582,7 +582,7 @@ def _batch(h: _Handler, id: str) -> Reply:  # noqa: A002 - the route's group
             parts = range(1, -(-size // h.hub.part_size) + 1)
             urls = {str(n): f"{h.hub.cdn}/part/{oid}/{n}" for n in parts}
             upload |= {"href": f"{h.hub.cdn}/complete/{oid}", "header": {"chunk_size": str(h.hub.part_size), **urls}}
-        actions = {"upload": upload, "verify": {"href": f"{h.hub.url}/{quote(id)}.git/info/lfs/verify"}}
+        actions = {"upload": upload, "verify": {"href": h.hub.verify_at or f"{h.hub.url}/{id}.git/info/lfs/verify"}}
         answers.append({"oid": oid, "size": size} | ({} if h.hub.objects.has(oid) else {"actions": actions}))
     return Reply({"transfer": "basic", "objects": answers})
 
