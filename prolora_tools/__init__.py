@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prolora_tools.errors import ProloraError
     from prolora_tools.files.adapter import Adapter
     from prolora_tools.operations.compress import compress
+    from prolora_tools.operations.convert_official import convert_official
     from prolora_tools.operations.diff import diff
     from prolora_tools.operations.expand import expand
     from prolora_tools.operations.merge import merge
@@ -27,6 +28,7 @@ _HOMES = {
     "Geometry": "core.geometry",
     "ProloraError": "errors",
     "compress": "operations.compress",
+    "convert_official": "operations.convert_official",
     "diff": "operations.diff",
     "expand": "operations.expand",
     "merge": "operations.merge",
@@ -35,7 +37,19 @@ _HOMES = {
     "verify": "operations.verify",
 }
 
-__all__ = ["Adapter", "Geometry", "ProloraError", "compress", "diff", "expand", "merge", "plan", "stats", "verify"]
+__all__ = [
+    "Adapter",
+    "Geometry",
+    "ProloraError",
+    "compress",
+    "convert_official",
+    "diff",
+    "expand",
+    "merge",
+    "plan",
+    "stats",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -188,6 +188,31 @@ class CompressionReport(Report):
 
 
 @dataclass(frozen=True)
+class ConversionReport(Report):
+    """`convert-official`: what a checkpoint of the official code was found to be.
+
+    Attributes:
+        source_kind: `raw` for a training checkpoint, `expanded` for a final adapter.
+        file: the weights file that was read.
+        rank: total rank; unshared, chunks and strides are those of all modules.
+    """
+
+    source: str
+    output: str | None
+    source_kind: str
+    file: str
+    modules: int
+    rank: int
+    unshared: int
+    chunks_a: int
+    chunks_b: int
+    stride_a: int
+    stride_b: int
+    parameters: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ExpansionReport(Report):
     """`expand`: the LoRA folder that was written.
 

@@ -16,7 +16,7 @@ from prolora_tools.errors import ProloraError
 if TYPE_CHECKING:
     from types import FrameType
 
-COMMANDS = ("compress", "diff", "expand", "merge", "plan", "pull", "push", "stats", "verify")
+COMMANDS = ("compress", "convert-official", "diff", "expand", "merge", "plan", "pull", "push", "stats", "verify")
 
 EXIT_BUG, EXIT_INTERRUPTED = 70, 130
 
@@ -32,7 +32,7 @@ class _Commands(click.Group):
         """The command of that name."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
         return command
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         BudgetReport,
         CandidatesReport,
         CompressionReport,
+        ConversionReport,
         DifferenceReport,
         ExpansionReport,
         MergeReport,
@@ -148,8 +149,10 @@ def compression(report: CompressionReport, console: Console) -> None:
         [
             (
                 "parameters",
-                (f"{report.parameters:,} of {report.source_parameters:,} "
-                f"({report.parameters / report.source_parameters:.1%}, {size(report.bytes)})"),
+                (
+                    f"{report.parameters:,} of {report.source_parameters:,} "
+                    f"({report.parameters / report.source_parameters:.1%}, {size(report.bytes)})"
+                ),
             ),
             ("relative error of dW", error(report.relative_error) if report.relative_error is not None else ""),
             (
@@ -188,6 +191,22 @@ def compression(report: CompressionReport, console: Console) -> None:
     console.print(table)
     if report.relative_error is not None:
         console.print("Errors by type are means over its modules; 1 is as bad as dropping dW.", style="dim")
+
+
+def conversion(report: ConversionReport, console: Console) -> None:
+    """`convert-official`."""
+    _facts(
+        console,
+        f"{report.source} -> {report.output or '(dry run, nothing written)'}",
+        [
+            ("read", f"{report.file}, {'a raw checkpoint' if report.source_kind == 'raw' else 'an expanded adapter'}"),
+            ("modules", str(report.modules)),
+            ("rank", f"{report.rank}, {report.unshared} of it unshared"),
+            ("chunks of A, B", f"{report.chunks_a}, {report.chunks_b}"),
+            ("strides of A, B", f"{report.stride_a}, {report.stride_b}"),
+            ("parameters", f"{report.parameters:,}"),
+        ],
+    )
 
 
 def expansion(report: ExpansionReport, console: Console) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from prolora_tools.core.sharing import expand
-from prolora_tools.errors import InputError, first_line
+from prolora_tools.errors import InputError, UnsupportedError, first_line
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.checkpoint import require_folder
 from prolora_tools.files.config import FILE, AdapterConfig, dump
@@ -169,7 +169,7 @@ class Adapter:
         require_folder(folder)
         config = AdapterConfig.read(folder)
         file, notes = _weights_file(folder)
-        tensors = read_header(file)[0] if file.suffix == ".safetensors" else _read_bin(file)
+        tensors = read_weights(file)
         return _Sorter(folder, file, config, tensors, notes).adapter()
 
     @property
@@ -219,8 +219,19 @@ def _weights_file(folder: Path) -> tuple[Path, tuple[str, ...]]:
     )
 
 
+def read_weights(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of an adapter's weights file, safetensors by its header or `.bin` by torch's weights_only loader.
+
+    Raises:
+        InputError: it is missing or broken, or holds anything but float tensors.
+    """
+    return read_header(file)[0] if file.suffix == ".safetensors" else _read_bin(file)
+
+
 def _read_bin(file: Path) -> dict[str, StoredTensor]:
     """A pickled state dict, through torch's weights_only unpickler and nothing else."""
+    import pickle  # noqa: PLC0415 - only its exception is used
+
     import torch  # noqa: PLC0415 - the one place where reading an adapter needs torch
 
     with reading(file):
@@ -232,9 +243,10 @@ def _read_bin(file: Path) -> dict[str, StoredTensor]:
     except InputError:
         raise
     except Exception as error:  # a broken pickle makes torch raise anything, IndexError and TypeError too
+        skip = isinstance(error, pickle.UnpicklingError)  # its first line advises to run the code all the same
         raise InputError(
             "bin-unreadable",
-            f"{file}: torch.load(weights_only=True) refuses it: {first_line(error)}",
+            f"{file}: torch.load(weights_only=True) refuses it: {first_line(error, skip=skip)}",
             hint="the file is damaged, or holds code; get the adapter as safetensors",
         ) from error
 
@@ -297,6 +309,12 @@ class _Sorter:
 
     def place_whole(self, short: str, tensor: StoredTensor) -> None:
         """A whole weight or bias: allowed where the config, or PEFT's rule for embeddings, says so."""
+        if short.endswith((".lora_A_vec", ".lora_B_vec")):
+            raise UnsupportedError(
+                "adapter-official-raw",
+                f"{self.file} is a raw training checkpoint of the official PRoLoRA code ({tensor.name!r})",
+                hint=f"prolora-tools convert-official {self.folder} -o OUT",
+            )
         target = short.replace(".base_layer.", ".")
         path, _, parameter = target.rpartition(".")
         saved = self.config.raw.get("modules_to_save")
@@ -350,7 +368,8 @@ class _Sorter:
             expected["bias"] = (out_features,)
         for role, shape in expected.items():
             if stored[role].shape != shape:
-                raise self.shape_error(path, stored[role], f"{list(shape)} for {geometry}")
+                why = geometry if self.config.prolora else f"r={geometry.rank}"
+                raise self.shape_error(path, stored[role], f"{list(shape)} for {why}")
         if len(whole_b.shape) != len(whole_a.shape) or in_features == 0 or out_features == 0:
             raise self.shape_error(path, whole_b, f"as many dims as A's {list(whole_a.shape)}, none of them 0")
         self.check_magnitude(path, stored, out_features)
