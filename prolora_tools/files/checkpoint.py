@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ class Checkpoint:
         ):
             raise InputError(
                 "index-invalid",
-                f"{folder / INDEX}: weight_map is not an object of file names",
+                f"{folder / INDEX}: expected the objects weight_map, of file names, and metadata",
                 hint="download the index again",
             )
         shards: dict[str, dict[str, StoredTensor]] = {}
@@ -128,7 +129,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type", ""), str):
         raise InputError(
             "base-config-field",
-            f"{folder / 'config.json'}: model_type is {config['model_type']!r}, expected a name",
+            f"{folder / 'config.json'}: model_type is {reprlib.repr(config['model_type'])}, expected a name",
             hint="repair the field, or download the file again",
         )
     return config

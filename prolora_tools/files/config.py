@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -194,6 +195,12 @@ class AdapterConfig:
         assert chunks_b is not None
         return Geometry(rank, unshared, chunks_a, chunks_b, *strides)
 
+    @property
+    def base_hint(self) -> str:
+        """What to say where a base does not fit."""
+        name = self.raw.get("base_model_name_or_path")
+        return f"give the base it was trained on{f': {name}' if name else ', which its config does not name'}"
+
     def common(self) -> dict[str, Any]:
         """The fields that LoRA and PRoLoRA share, and those that nobody here knows."""
         known = set(_LORA_ONLY) | set(_PROLORA_ONLY) | {"peft_type", "peft_version"}
@@ -231,7 +238,9 @@ def _refuse(raw: dict[str, Any], path: Path) -> None:
     for name, why in _REFUSED.items():
         if raw.get(name):
             raise UnsupportedError(
-                "config-variant", f"{path}: {name} is set: {why}", hint="merge it with PEFT's merge_and_unload()"
+                "config-variant",
+                f"{path}: {name} is set: {why}",
+                hint="use it through PEFT, and merge it with merge_and_unload() where PEFT can merge this variant",
             )
 
 
@@ -250,7 +259,7 @@ class _Fields:
     def wrong(self, name: str, expected: str) -> InputError:
         return InputError(
             "config-field",
-            f"{self.path}: {name} is {self.raw[name]!r}, expected {expected}",
+            f"{self.path}: {name} is {reprlib.repr(self.raw[name])}, expected {expected}",
             hint="repair the field, or save the adapter again",
         )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -197,10 +198,9 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                 hint="this is no safetensors file; if it is a Git LFS pointer, run git lfs pull",
             )
         if len(head) < 8 or length > size - 8:
+            least = f"{8 + length:,}, 8 and the header" if len(head) == 8 else "8"
             raise InputError(
-                "safetensors-truncated",
-                f"{path}: {size:,} bytes long, expected a header of {length:,} bytes after the first 8",
-                hint=REDOWNLOAD,
+                "safetensors-truncated", f"{path}: {size:,} bytes long, expected at least {least}", hint=REDOWNLOAD
             )
         raw = f.read(length)
     try:
@@ -246,19 +246,23 @@ def _stored_tensor(path: Path, name: str, entry: object, data_start: int) -> Sto
         raise InputError("safetensors-entry", f"{bad} is not an object of dtype, shape and data_offsets", hint=hint)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in dtypes.ITEM_BITS:
-        raise InputError("safetensors-dtype", f"{bad} has the unknown dtype {dtype!r}", hint=hint)
+        raise InputError("safetensors-dtype", f"{bad} has the unknown dtype {reprlib.repr(dtype)}", hint=hint)
     if not isinstance(shape, list) or not all(_is_count(d) for d in shape) or _bits(dtype, shape) >= 2**64:
         raise InputError(
-            "safetensors-shape", f"{bad} has the shape {shape!r}, expected whole numbers, under 2^64 bits", hint=hint
+            "safetensors-shape",
+            f"{bad} has the shape {reprlib.repr(shape)}, expected whole numbers, under 2^64 bits",
+            hint=hint,
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(o) for o in offsets):
         raise InputError(
-            "safetensors-offsets", f"{bad} has the data_offsets {offsets!r}, expected [begin, end]", hint=hint
+            "safetensors-offsets",
+            f"{bad} has the data_offsets {reprlib.repr(offsets)}, expected [begin, end]",
+            hint=hint,
         )
     begin, end = offsets
     expected = dtypes.n_bytes(dtype, math.prod(shape))
     if end - begin != expected:
-        whole = "a whole number of" if expected is None else f"{expected:,}"
+        whole = "whole bytes" if expected is None else f"{expected:,}"
         raise InputError(
             "safetensors-size",
             f"{bad} has the data_offsets {offsets}, {end - begin:,} bytes, expected {whole} for {dtype} {shape}",

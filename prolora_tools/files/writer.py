@@ -80,19 +80,19 @@ def staged(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> Iterator[Pa
         OutputError: the target is refused, or cannot be written.
     """
     check_target(out, inputs, overwrite=overwrite)
-    out = out.absolute()
-    stage = out.parent / f".{out.resolve().name}{STAGE}-{os.getpid()}"
+    target = out.absolute()
+    stage = target.parent / f".{out.resolve().name}{STAGE}-{os.getpid()}"
     new_parents: list[Path] = []
     try:
         with writing(out):
-            new_parents += [p for p in out.parents if not p.exists()]
-            out.parent.mkdir(parents=True, exist_ok=True)
+            new_parents += [p for p in target.parents if not p.exists()]
+            target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir()
             yield stage
             sync_folder(stage)
-            _replace(stage, out)
-            sync_folder(out.parent)
+            _replace(stage, target)
+            sync_folder(target.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         for parent in new_parents:  # innermost first; those that hold the finished folder are not empty

@@ -77,7 +77,9 @@ def merge(
     """
     if max_shard_size is not None and max_shard_size < 1:
         raise RequestError(
-            "shard-size", f"the shard size is {max_shard_size}, expected at least 1 byte", hint="--max-shard-size 5GB"
+            "shard-size",
+            f"the shard size is {max_shard_size}, expected at least 1 byte",
+            hint="for example --max-shard-size 5GB",
         )
     opened, checkpoint = Adapter.open(Path(adapter)), Checkpoint.open(Path(base))
     plan = plan_merge(opened, checkpoint, None if dtype is None else dtypes.parse(dtype))

@@ -117,7 +117,8 @@ class Blocks:
                 bad = ~np.isfinite(dtypes.decode(carrier.tobytes(), tensor.dtype).reshape(weight.shape)).all(axis=1)
                 raise InputError(
                     "merge-not-finite",
-                    f"{tensor.name!r} would hold inf or nan after the merge, first in row {at + int(bad.argmax())}",
+                    f"{tensor.source.file}: {tensor.name!r} would hold inf or nan after the merge, first in row "
+                    f"{at + int(bad.argmax())}",
                     hint="the base or the adapter's own weight holds such a value, or the sum overflows the dtype: "
                     "try --dtype float32",
                 )
@@ -348,8 +349,15 @@ class _Planner:
             tensor = replace(tensor, bias=module)
         if parameter == "weight" and path in self.adapter.tokens:
             rows, indices = self.adapter.tokens[path], self.adapter.token_indices(path)
-            if rows.shape[1:] != tensor.source.shape[1:] or max(indices, default=-1) >= tensor.source.shape[0]:
+            if rows.shape[1:] != tensor.source.shape[1:]:
                 raise self.shape_error(name, rows.shape, stored.shape)
+            if max(indices, default=-1) >= tensor.source.shape[0]:
+                raise MismatchError(
+                    "merge-token-row",
+                    f"the adapter {self.adapter.folder} replaces row {max(indices)} of {name!r}, which has "
+                    f"{tensor.source.shape[0]:,} rows in the base {self.base.folder}",
+                    hint=self.adapter.config.base_hint,
+                )
             tensor = replace(tensor, tokens=TokenRows(rows, indices))
         return tensor
 
@@ -372,8 +380,7 @@ class _Planner:
         return MismatchError(
             "merge-shape",
             f"{name!r} is {list(base)} in the base {self.base.folder}, and the adapter is for {list(found)}",
-            hint="give the base it was trained on: "
-            f"{self.adapter.config.raw.get('base_model_name_or_path') or 'unknown'}",
+            hint=self.adapter.config.base_hint,
         )
 
     def may_resize(self, name: str) -> bool:

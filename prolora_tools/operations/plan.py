@@ -136,7 +136,7 @@ def _linear_layers(folder: Path, targets: str | Sequence[str]) -> tuple[list[Lin
     if not shapes:
         raise MismatchError(
             "plan-no-targets",
-            f"no linear layer of {folder} matches {', '.join(names)}",
+            f"no linear layer of {folder} matches {', '.join(names) or 'an empty list of targets'}",
             hint="give module names such as --targets q_proj,v_proj, or all-linear",
         )
     return shapes, sum(p.numel() for p in model.parameters())

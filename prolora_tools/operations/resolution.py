@@ -85,7 +85,7 @@ def missing(adapter: Adapter, base: Checkpoint, name: str) -> MismatchError:
     return MismatchError(
         "merge-no-such-tensor",
         f"the adapter {adapter.folder} changes {name!r}, which the base {base.folder} does not have",
-        hint=f"give the base it was trained on: {adapter.config.raw.get('base_model_name_or_path') or 'unknown'}",
+        hint=adapter.config.base_hint,
     )
 
 
@@ -153,7 +153,7 @@ def meta_model(folder: Path, config: dict[str, Any], adapter: Adapter | None = N
     raise MismatchError(
         "merge-no-such-module",
         f"the adapter {adapter.folder} changes {lacking[0]!r}, which the model in {folder} does not have",
-        hint=f"give the base it was trained on: {adapter.config.raw.get('base_model_name_or_path') or 'unknown'}",
+        hint=adapter.config.base_hint,
     )
 
 
