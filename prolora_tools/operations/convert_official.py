@@ -64,6 +64,8 @@ def convert_official(
     config = AdapterConfig.read(source)
     file, tensors, notes = _raw_weights(source)
     wanted = (chunks, chunks) if isinstance(chunks, int) else chunks
+    if wanted is not None:
+        Geometry(config.r, 0, *wanted)  # raises where the request itself is out of range
     modules = _modules(file, config, tensors, None if base is None else Checkpoint.open(Path(base)))
     rank, unshared = _ranks(file, config, modules)
     geometry = Geometry(
@@ -197,6 +199,9 @@ def _modules(
                 f"{file}: {path} lacks {', '.join(s for s, role in _ROLES.items() if role in missing)}",
                 hint="the checkpoint is incomplete; copy it again",
             )
+        for tensor in stored.values():
+            if len(tensor.shape) != 2 or 0 in tensor.shape:
+                raise _shape_error(file, tensor, "2 dims, none of them 0")
         modules.append(_Module(path, stored, *_dims(file, path, stored, base)))
     _check_shapes(file, config, modules)
     return modules
@@ -209,7 +214,7 @@ def _dims(file: Path, path: str, stored: dict[str, StoredTensor], base: Checkpoi
         known = (stored["A_unshared"].shape[-1], stored["B_unshared"].shape[-1])
     if base is not None:
         weight = base.tensors.get(f"{path}.weight")
-        if weight is None or (known is not None and weight.shape != known[::-1]):
+        if weight is None or len(weight.shape) != 2 or (known is not None and weight.shape != known[::-1]):
             raise MismatchError(
                 "official-base",
                 f"{file}: {path} does not fit the base {base.folder}: "
@@ -226,6 +231,14 @@ def _dims(file: Path, path: str, stored: dict[str, StoredTensor], base: Checkpoi
     return known
 
 
+def _shape_error(file: Path, tensor: StoredTensor, expected: str) -> InputError:
+    return InputError(
+        "official-shape",
+        f"{file}: {tensor.name!r} has the shape {list(tensor.shape)}, expected {expected}",
+        hint="the checkpoint is damaged, or not of the official code",
+    )
+
+
 def _check_shapes(file: Path, config: AdapterConfig, modules: list[_Module]) -> None:
     for m in modules:
         shared, unshared = m.ranks
@@ -237,11 +250,7 @@ def _check_shapes(file: Path, config: AdapterConfig, modules: list[_Module]) -> 
         }
         for role, tensor in m.stored.items():
             if tensor.shape != expected[role]:
-                raise InputError(
-                    "official-shape",
-                    f"{file}: {tensor.name!r} has the shape {list(tensor.shape)}, expected {list(expected[role])}",
-                    hint="the checkpoint is damaged, or not of the official code",
-                )
+                raise _shape_error(file, tensor, str(list(expected[role])))
         if shared + unshared != config.rank(m.path):
             raise InputError(
                 "official-rank",
