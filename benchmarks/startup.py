@@ -63,7 +63,7 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Startup",
         "",
-        f"Made by `python benchmarks/startup.py`: {result['rounds']} alternating rounds, medians, the ratio within each",
+        f"Made by `python benchmarks/startup.py`: {result['rounds']} alternating rounds, medians, ratios within a",
         (
             f"round to the import of click and rich. Python {machine['python']}, {machine['cores']} cores, load "
             f"{machine['load']:.1f}. The limit for `--help` is 2."

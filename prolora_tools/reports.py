@@ -218,6 +218,7 @@ class ExpansionReport(Report):
 
     Attributes:
         rank: the highest rank in it, the only one under `uniform`.
+        lowest_rank: the lowest one.
         alpha: its lora_alpha.
         scaling_in_b: whether the scaling was multiplied into B, which rounds unless it is a power of two.
         vllm_max_lora_rank: the `--max-lora-rank` to start vLLM with, None where vLLM has none so high.
@@ -228,6 +229,7 @@ class ExpansionReport(Report):
     uniform: bool
     modules: int
     rank: int
+    lowest_rank: int
     alpha: float
     scaling_in_b: bool
     vllm_max_lora_rank: int | None

@@ -218,7 +218,10 @@ def expansion(report: ExpansionReport, console: Console) -> None:
         f"{report.source} -> {report.output or '(dry run, nothing written)'}",
         [
             ("modules", str(report.modules)),
-            ("rank", str(report.rank) if report.uniform else f"up to {report.rank}"),
+            (
+                "rank",
+                str(report.rank) if report.rank == report.lowest_rank else f"{report.lowest_rank} to {report.rank}",
+            ),
             ("alpha", alpha),
             ("parameters", f"{report.parameters:,} from {report.source_parameters:,} ({size(report.bytes)})"),
             ("vLLM", vllm),

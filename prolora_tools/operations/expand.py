@@ -136,6 +136,7 @@ class _Job:
             uniform=self.uniform,
             modules=len(modules),
             rank=self.rank,
+            lowest_rank=min(self.rank_of(path) for path in modules),
             alpha=self.alpha,
             scaling_in_b=self.bake,
             vllm_max_lora_rank=rank_for_vllm,
