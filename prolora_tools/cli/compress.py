@@ -46,20 +46,25 @@ def command(
 
     The error is |dW - dW'| / |dW| in the Frobenius norm, beside that of the truncated SVD of the same size.
     """
-    from prolora_tools.cli import output, tables  # noqa: PLC0415 - keeps --help light
+    from prolora_tools.cli import output, sources, tables  # noqa: PLC0415 - keeps --help light
     from prolora_tools.operations.compress import compress  # noqa: PLC0415
 
-    with output.progress(quiet=quiet) as progress:
-        report = compress(
-            adapter,
-            out,
-            unshared=unshared,
-            chunks=chunks,
-            method=method,
-            max_error=max_error,
-            dtype=dtype,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            progress=progress,
-        )
+    with sources.inputs(headers_only=dry_run, quiet=quiet) as inputs:
+        adapter = inputs.folder(adapter)
+        with output.progress(quiet=quiet) as progress:
+            report = compress(
+                adapter,
+                out,
+                unshared=unshared,
+                chunks=chunks,
+                method=method,
+                max_error=max_error,
+                dtype=dtype,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                progress=progress,
+            )
+        report = inputs.named(report)
+    if not dry_run:
+        sources.write_card(out, report)
     return output.emit(report, tables.compression, as_json=as_json, quiet=quiet)

@@ -28,11 +28,16 @@ def command(
 
     Exact: stored numbers are copied to where they belong. Only --dtype and --uniform may round.
     """
-    from prolora_tools.cli import output, tables  # noqa: PLC0415 - keeps --help light
+    from prolora_tools.cli import output, sources, tables  # noqa: PLC0415 - keeps --help light
     from prolora_tools.operations.expand import expand  # noqa: PLC0415
 
-    with output.progress(quiet=quiet) as progress:
-        report = expand(
-            adapter, out, uniform=uniform, dtype=dtype, overwrite=overwrite, dry_run=dry_run, progress=progress
-        )
+    with sources.inputs(headers_only=dry_run, quiet=quiet) as inputs:
+        adapter = inputs.folder(adapter)
+        with output.progress(quiet=quiet) as progress:
+            report = expand(
+                adapter, out, uniform=uniform, dtype=dtype, overwrite=overwrite, dry_run=dry_run, progress=progress
+            )
+        report = inputs.named(report)
+    if not dry_run:
+        sources.write_card(out, report)
     return output.emit(report, tables.expansion, as_json=as_json, quiet=quiet)

@@ -34,20 +34,26 @@ def command(
 
     Each merged number is scaling * (B A) + W in float32, rounded once. Memory does not grow with the model.
     """
-    from prolora_tools.cli import output, tables  # noqa: PLC0415 - keeps --help light
+    from prolora_tools.cli import output, sources, tables  # noqa: PLC0415 - keeps --help light
     from prolora_tools.operations.merge import merge  # noqa: PLC0415
 
-    with output.progress(quiet=quiet) as progress:
-        report = merge(
-            adapter,
-            out,
-            base=base,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            copy_code=copy_code,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            threads=threads,
-            progress=progress,
-        )
+    with sources.inputs(headers_only=dry_run, quiet=quiet) as inputs:
+        adapter = inputs.folder(adapter)
+        base = inputs.folder(base)
+        with output.progress(quiet=quiet) as progress:
+            report = merge(
+                adapter,
+                out,
+                base=base,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                copy_code=copy_code,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                threads=threads,
+                progress=progress,
+            )
+        report = inputs.named(report)
+    if not dry_run:
+        sources.write_card(out, report)
     return output.emit(report, tables.merged, as_json=as_json, quiet=quiet)

@@ -53,22 +53,24 @@ def command(
 
     BASE may be a folder with nothing but a config.json. Give one of --rank, --budget and --like-lora-rank.
     """
-    from prolora_tools.cli import output, tables  # noqa: PLC0415 - keeps --help light
+    from prolora_tools.cli import output, sources, tables  # noqa: PLC0415 - keeps --help light
     from prolora_tools.operations.plan import ALL_LINEAR, plan  # noqa: PLC0415
     from prolora_tools.reports import BudgetReport  # noqa: PLC0415
 
     names: str | list[str] = targets if targets == ALL_LINEAR else [t.strip() for t in targets.split(",") if t.strip()]
-    report = plan(
-        base,
-        targets=names,
-        rank=rank,
-        unshared=unshared,
-        chunks=chunks,
-        budget=budget,
-        like_lora_rank=like_lora_rank,
-        dtype=dtype,
-        limit=limit,
-    )
+    with sources.inputs(configs_only=True, quiet=quiet) as inputs:
+        report = plan(
+            inputs.folder(base),
+            targets=names,
+            rank=rank,
+            unshared=unshared,
+            chunks=chunks,
+            budget=budget,
+            like_lora_rank=like_lora_rank,
+            dtype=dtype,
+            limit=limit,
+        )
+        report = inputs.named(report)
     if isinstance(report, BudgetReport):
         return output.emit(report, tables.budget(view), as_json=as_json, quiet=quiet)
     return output.emit(report, tables.candidates, as_json=as_json, quiet=quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -46,19 +47,18 @@ def command(
     from prolora_tools.cli import output  # noqa: PLC0415 - keeps --help light
     from prolora_tools.hub.push import push  # noqa: PLC0415
 
-    with output.progress(quiet=quiet) as progress:
-        report = push(
-            folder,
-            repo,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            license=license,
-            dry_run=dry_run,
-            progress=progress,
-        )
+    report = push(
+        folder,
+        repo,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        commit_description=commit_description,
+        license=license,
+        dry_run=dry_run,
+        progress_bars=not quiet and sys.stderr.isatty(),  # the client's own; ours cannot see into its uploads
+    )
     return output.emit(report, _show, as_json=as_json, quiet=quiet)
 
 

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 @shown
 def command(adapter: str, base: str | None, view: View, *, as_json: bool, quiet: bool) -> int:
     """Show an ADAPTER's parameters and bytes, against LoRA and VeRA on the same modules. Reads headers only."""
-    from prolora_tools.cli import output, tables  # noqa: PLC0415 - keeps --help light
+    from prolora_tools.cli import output, sources, tables  # noqa: PLC0415 - keeps --help light
     from prolora_tools.operations.stats import stats  # noqa: PLC0415
 
-    return output.emit(stats(adapter, base=base), tables.budget(view), as_json=as_json, quiet=quiet)
+    with sources.inputs(headers_only=True, quiet=quiet) as inputs:
+        folders = inputs.folder(adapter), None if base is None else inputs.folder(base)
+        report = inputs.named(stats(folders[0], base=folders[1]))
+    return output.emit(report, tables.budget(view), as_json=as_json, quiet=quiet)

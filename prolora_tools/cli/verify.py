@@ -19,9 +19,14 @@ def command(merged: str, base: str, adapter: str, ulps: int, threads: int | None
 
     Exits with 3 when it is not.
     """
-    from prolora_tools.cli import output, tables  # noqa: PLC0415 - keeps --help light
+    from prolora_tools.cli import output, sources, tables  # noqa: PLC0415 - keeps --help light
     from prolora_tools.operations.verify import verify  # noqa: PLC0415
 
-    with output.progress(quiet=quiet) as progress:
-        report = verify(merged, base=base, adapter=adapter, ulps=ulps, threads=threads, progress=progress)
+    with sources.inputs(quiet=quiet) as inputs:
+        merged = inputs.folder(merged)
+        base = inputs.folder(base)
+        adapter = inputs.folder(adapter)
+        with output.progress(quiet=quiet) as progress:
+            report = verify(merged, base=base, adapter=adapter, ulps=ulps, threads=threads, progress=progress)
+        report = inputs.named(report)
     return output.emit(report, tables.verified, as_json=as_json, quiet=quiet)

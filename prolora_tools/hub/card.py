@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from prolora_tools.hub.names import RepoName
+from prolora_tools.hub.names import SCHEME, RepoName
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -34,7 +34,8 @@ _LOADERS = {
 def hub_id(name: object) -> str | None:
     """`name` as the name of a Hub repository, None if it is a path or cannot be told from one."""
     repo = RepoName.match(name) if isinstance(name, str) else None
-    return repo.id if repo and (str(name).startswith("hf://") or not Path(repo.id).exists()) else None
+    sure = repo is not None and (repo.revision is not None or str(name).startswith(SCHEME))
+    return repo.id if repo and (sure or not Path(repo.id).exists()) else None
 
 
 def render(
@@ -44,23 +45,22 @@ def render(
     base: str | None = None,
     license_id: str | None = None,
     repo: str = PLACEHOLDER,
-    source_commit: str | None = None,
 ) -> str:
     """A whole card.
 
     Args:
-        report: a BudgetReport, CompressionReport, ExpansionReport or MergeReport as JSON.
+        report: a BudgetReport, CompressionReport, ExpansionReport or MergeReport as JSON; its source may be
+            `owner/name@commit`.
         config: adapter_config.json of an adapter, config.json of a merged model.
         base: the base model as it was given; left out of the card if it is no Hub name. An adapter's config names it.
         license_id: the license, as the Hub spells it.
         repo: where the card will stand.
-        source_commit: the commit of the adapter that was converted, where it came from the Hub.
     """
     base = hub_id(base if base is not None else config.get("base_model_name_or_path"))
     data = metadata(config, base=base, license_id=license_id)
     kinds = {"PROLORA": "PRoLoRA adapter", "LORA": "LoRA adapter"}
     name = kinds.get(str(config.get("peft_type")), "Merged model") if repo == PLACEHOLDER else repo.rpartition("/")[2]
-    parts = [f"# {name}", _intro(config, base), _table(report), _made(report, source_commit), _use(config, base, repo)]
+    parts = [f"# {name}", _intro(config, base), _table(report), _made(report), _use(config, base, repo)]
     body = "\n\n".join(part for part in parts if part)
     return f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n\n{body}\n"
 
@@ -155,10 +155,11 @@ def _table(report: Mapping[str, Any]) -> str:
     return "\n".join(["## Size", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _made(report: Mapping[str, Any], source_commit: str | None) -> str:
+def _made(report: Mapping[str, Any]) -> str:
     kind = report.get("report")
-    source = hub_id(report.get("source") or report.get("adapter"))
-    origin = f"{source} at commit {source_commit}" if source and source_commit else source or "a trained adapter"
+    given = report.get("source") or report.get("adapter")
+    source, (_, _, commit) = hub_id(given), str(given).partition("@")
+    origin = f"{source} at commit {commit}" if source and commit else source or "a trained adapter"
     if kind == "CompressionReport":
         size, method = f"{report['source_parameters']:,} parameters", report["method"]
         text = f"Compressed by prolora-tools from {origin} ({size}), method `{method}`."

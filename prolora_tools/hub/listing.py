@@ -74,12 +74,13 @@ class Listing:
         return sum(f.size for f in self.files)
 
 
-def list_repo(name: RepoName, *, allow_pickle: bool = False) -> Listing:
+def list_repo(name: RepoName, *, allow_pickle: bool = False, need_weights: bool = True) -> Listing:
     """Resolve a revision to a commit and list what is there.
 
     Args:
         name: the repository.
         allow_pickle: take adapter_model.bin too when there is no adapter_model.safetensors.
+        need_weights: refuse a repository without any.
 
     Raises:
         InputError: missing, not allowed, an unsafe or too large listing, or no weights in it.
@@ -102,15 +103,15 @@ def list_repo(name: RepoName, *, allow_pickle: bool = False) -> Listing:
                 )
     files = [e for e in entries if isinstance(e, RepoFile)]
     check_paths((f.path for f in files), str(name))
-    return _chosen(name, commit, files, allow_pickle=allow_pickle)
+    return _chosen(name, commit, files, allow_pickle=allow_pickle, need_weights=need_weights)
 
 
-def _chosen(name: RepoName, commit: str, files: list[RepoFile], *, allow_pickle: bool) -> Listing:
+def _chosen(name: RepoName, commit: str, files: list[RepoFile], *, allow_pickle: bool, need_weights: bool) -> Listing:
     paths = {f.path for f in files}
     pickled = ADAPTER_PICKLE in paths and "adapter_model.safetensors" not in paths
     ours = [f for f in files if is_ours(f.path) or (pickled and allow_pickle and f.path == ADAPTER_PICKLE)]
     weights = any(f.path.endswith((".safetensors", ".bin")) for f in ours)
-    if not weights:
+    if need_weights and not weights:
         pickles = sorted(p for p in paths if why_not(p) == "pickle")
         if pickles:
             raise InputError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prolora_tools.errors import InputError, RequestError
@@ -77,6 +79,19 @@ class RepoName:
                 hint="write it as owner/name, owner/name@revision or hf://owner/name@revision",
             )
         return found
+
+
+def on_hub(given: str | Path) -> RepoName | None:
+    """The repository that `given` names; None for a path. A local folder of that name wins, `hf://` is the Hub's.
+
+    Raises:
+        RequestError: `hf://` is followed by no repository's name.
+    """
+    text = str(given)
+    if text.startswith(SCHEME):
+        return RepoName.parse(text)
+    name = None if isinstance(given, Path) else RepoName.match(text)
+    return None if name is None or os.path.lexists(text) else name
 
 
 def is_ours(path: str) -> bool:

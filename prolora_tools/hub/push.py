@@ -87,6 +87,7 @@ def push(
     license: str | None = None,  # noqa: A002 - the option's name
     dry_run: bool = False,
     progress: Progress = SILENT,
+    progress_bars: bool = False,
 ) -> PushReport:
     """Upload a LoRA, PRoLoRA or merged-model folder, with a model card.
 
@@ -100,7 +101,8 @@ def push(
         commit_description: its text.
         license: the license to put in the model card, as the Hub spells it.
         dry_run: compare and report, send nothing.
-        progress: told of bytes hashed; the client shows its uploads itself.
+        progress: told of bytes hashed before the upload.
+        progress_bars: let the client show its uploads.
 
     Raises:
         RequestError: a wrong name or combination, or no access token.
@@ -119,7 +121,7 @@ def push(
     local, skipped, config = _collect(Path(folder), progress)
     if not dry_run:
         client.require_token()
-    hub = client.api(progress_bars=progress is not SILENT)
+    hub = client.api(progress_bars=progress_bars)
     with client.talking(name):
         if "/" not in name.id:
             client.require_token()

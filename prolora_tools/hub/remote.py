@@ -21,9 +21,9 @@ from prolora_tools.files.checkpoint import INDEX, SINGLE
 from prolora_tools.files.tensors import read_json
 from prolora_tools.hub import client
 from prolora_tools.hub.listing import Download, Listing, RemoteFile, list_repo, read_digest, read_range
-from prolora_tools.hub.names import FILES, SCHEME, SHA1, RepoName
+from prolora_tools.hub.names import FILES, SHA1, RepoName, on_hub
 from prolora_tools.hub.pull import MAX_HEADER, check_contents
-from prolora_tools.progress import SILENT, Progress
+from prolora_tools.progress import SILENT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,28 +49,18 @@ class Source:
 
     @property
     def label(self) -> str:
-        """The name for reports: the Hub name without a revision, or the path."""
-        if self.commit is None:
-            return self.given
-        return RepoName.parse(self.given).id
+        """The name for reports: `owner/name@commit`, or the path."""
+        return f"{RepoName.parse(self.given).id}@{self.commit}" if self.commit else self.given
 
 
-def on_hub(given: str | Path) -> RepoName | None:
-    """The repository that `given` names; None for a path. A local folder of that name wins, `hf://` is the Hub's."""
-    text = str(given)
-    if isinstance(given, Path) or (not text.startswith(SCHEME) and Path(text).exists()):
-        return None
-    return RepoName.parse(text) if text.startswith(SCHEME) else RepoName.match(text)
-
-
-def resolve(given: str | Path, *, progress: Progress = SILENT) -> Source:
+def resolve(given: str | Path, *, progress_bars: bool = False) -> Source:
     """An adapter or model as a folder, downloaded into the client's cache if it is on the Hub.
 
     What is new in the cache is compared with the Hub's hashes once. With HF_HUB_OFFLINE the cache is used as it is.
 
     Args:
         given: a folder, `owner/name[@revision]` or `hf://owner/name[@revision]`.
-        progress: told of bytes checked; the client shows its downloads itself.
+        progress_bars: let the client show its downloads.
 
     Raises:
         RequestError: `hf://` is followed by no repository's name.
@@ -79,7 +69,7 @@ def resolve(given: str | Path, *, progress: Progress = SILENT) -> Source:
     name = on_hub(given)
     if name is None:
         return Source(Path(given), str(given))
-    hub = client.api(progress_bars=progress is not SILENT)
+    hub = client.api(progress_bars=progress_bars)
     if client.offline():
         return _cached(name, str(given))
     listing = list_repo(name)
@@ -88,10 +78,9 @@ def resolve(given: str | Path, *, progress: Progress = SILENT) -> Source:
         _remember_revision(hub, listing)
         patterns = [glob.escape(f.path) for f in listing.files]
         folder = Path(hub.snapshot_download(name.id, revision=listing.commit, allow_patterns=patterns))
-    fresh = [f for f in listing.files if f.path not in cached]
-    progress.start("check", sum(f.size for f in fresh), "bytes")
-    for file in fresh:
-        _check(listing, file, folder / file.path, progress)
+    for file in listing.files:
+        if file.path not in cached:
+            _check(listing, file, folder / file.path)
     check_contents(listing, folder)
     return Source(folder, str(given), listing.commit)
 
@@ -113,9 +102,9 @@ def _remember_revision(hub: huggingface_hub.HfApi, listing: Listing) -> None:
         )
 
 
-def _check(listing: Listing, file: RemoteFile, path: Path, progress: Progress) -> None:
+def _check(listing: Listing, file: RemoteFile, path: Path) -> None:
     """Compare a fresh file in the cache with the Hub's hash; a wrong one is taken out of the cache."""
-    if read_digest(path, progress).is_of(file):
+    if read_digest(path, SILENT).is_of(file):
         return
     path.resolve().unlink()
     path.unlink(missing_ok=True)
@@ -137,8 +126,12 @@ def _cached(name: RepoName, given: str) -> Source:
 
 
 @contextmanager
-def headers(given: str | Path) -> Iterator[Source]:
+def headers(given: str | Path, *, configs_only: bool = False) -> Iterator[Source]:
     """An adapter or model for reading its headers only: at most two ranges of each safetensors file are downloaded.
+
+    Args:
+        given: a folder, or a name on the Hub.
+        configs_only: leave the weights out altogether; a repository without any will do.
 
     Raises:
         RequestError: `hf://` is followed by no repository's name.
@@ -148,16 +141,26 @@ def headers(given: str | Path) -> Iterator[Source]:
     if name is None or client.offline():
         yield Source(Path(given), str(given)) if name is None else _cached(name, str(given))
         return
-    listing = list_repo(name)
+    listing = list_repo(name, need_weights=not configs_only)
     files = {f.path: f for f in listing.files}
     with tempfile.TemporaryDirectory(prefix="prolora-tools-") as folder:
         download = Download(listing, SILENT)
         for small in (*_CONFIGS, INDEX):
             if small in files:
                 download.fetch(files[small], Path(folder, small))
-        for weights in _weights(files, Path(folder)):
+        for weights in () if configs_only else _weights(files, Path(folder)):
             _write_header(listing, files[weights], Path(folder, weights))
+        for other in files.values():
+            _write_hole(other, Path(folder, other.path))
         yield Source(Path(folder), str(given), listing.commit)
+
+
+def _write_hole(file: RemoteFile, path: Path) -> None:
+    """A stand-in of the right size for a file that is carried along or left alone, never read."""
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists() and path.suffix != ".safetensors":
+        with path.open("xb") as f:
+            f.truncate(file.size)
 
 
 def _weights(files: dict[str, RemoteFile], folder: Path) -> list[str]:

@@ -334,7 +334,7 @@ def test_hostile_etag(hub: Hub, cli: Cli, lora: Path, model: Path, command: str,
     hub.create("alice/it", contents(lora))
     hub.create("alice/base", contents(model))
     hub.fault("/resolve/.*safetensors", "headers", {"X-Linked-Etag": f'"{etag}"'}, times=99)
-    arguments: list[object] = {"pull": ["alice/it"], "merge": [lora, "--base", "hf://alice/base"]}[command]
+    arguments: list[object] = ["alice/it"] if command == "pull" else [lora, "--base", "hf://alice/base"]
     result = cli(command, *arguments, "-o", "out")
     assert "answers with a commit, an ETag" in result.error
     assert leftovers(cli.folder) == []
