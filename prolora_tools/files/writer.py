@@ -134,12 +134,12 @@ def writing(out: Path) -> Iterator[None]:
 
 def sync_folder(folder: Path) -> None:
     """Sync a folder's entries, where the file system can."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems refuse to sync folders
+    with suppress(OSError):  # some network file systems refuse to
+        handle = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)
 
 
 def copy_file(source: Path, target: Path) -> None:
