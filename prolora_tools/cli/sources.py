@@ -95,11 +95,10 @@ def write_card(out: str, report: Report) -> None:
     folder = Path(out)
     adapter = (folder / "adapter_config.json").is_file()
     config = read_json(folder / ("adapter_config.json" if adapter else "config.json"))
-    as_json = report.to_json()
     if not (folder / "README.md").exists():
         try:
             with writing(folder):
-                write_file(folder / "README.md", card.render(as_json, config, base=as_json.get("base")).encode())
+                write_file(folder / "README.md", card.render(report.to_json(), config).encode())
         except OutputError as error:  # the folder is complete without it
             (folder / "README.md").unlink(missing_ok=True)
             sys.stderr.write(f"Note: no README.md was written: {error.message}\n")

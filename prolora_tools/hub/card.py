@@ -39,24 +39,18 @@ def hub_id(name: object) -> str | None:
 
 
 def render(
-    report: Mapping[str, Any],
-    config: Mapping[str, Any],
-    *,
-    base: str | None = None,
-    license_id: str | None = None,
-    repo: str = PLACEHOLDER,
+    report: Mapping[str, Any], config: Mapping[str, Any], *, license_id: str | None = None, repo: str = PLACEHOLDER
 ) -> str:
     """A whole card.
 
     Args:
-        report: a BudgetReport, CompressionReport, ExpansionReport or MergeReport as JSON; its source may be
-            `owner/name@commit`.
+        report: a BudgetReport, CompressionReport, ExpansionReport or MergeReport as JSON; its source and base may be
+            `owner/name@commit`. A path is left out of the card.
         config: adapter_config.json of an adapter, config.json of a merged model.
-        base: the base model as it was given; left out of the card if it is no Hub name. An adapter's config names it.
         license_id: the license, as the Hub spells it.
         repo: where the card will stand.
     """
-    base = hub_id(base if base is not None else config.get("base_model_name_or_path"))
+    base = hub_id(report.get("base") or config.get("base_model_name_or_path"))
     data = metadata(config, base=base, license_id=license_id)
     kinds = {"PROLORA": "PRoLoRA adapter", "LORA": "LoRA adapter"}
     name = kinds.get(str(config.get("peft_type")), "Merged model") if repo == PLACEHOLDER else repo.rpartition("/")[2]

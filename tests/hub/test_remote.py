@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from .conftest import BASE, Cli, contents, leftovers, write_lora, write_model
+from .server import Hub
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from .repos import Entry
-    from .server import Hub
 
 
 @pytest.fixture
@@ -218,3 +218,21 @@ def test_errors_name_the_repository(hub: Hub, cli: Cli, lora: Path) -> None:
     )
     assert "a folder no/where does not exist here" in cli("stats", "no/where").error
     assert "is not the name of a repository" in cli("stats", "hf://x").error
+
+
+def test_files_that_are_in_xet_storage(tmp_path: Path, lora: Path) -> None:
+    """Mode C: the client downloads into its cache over Xet; pull takes the same bytes over HTTP."""
+    (tmp_path / "work").mkdir()
+    with Hub(tmp_path / "hub", xet_downloads=True) as hub:
+        cli = Cli(hub, tmp_path / "work")
+        assert cli("push", lora, "alice/lora").code == 0
+        assert cli("expand", "alice/lora", "-o", "over-xet").code == 0
+        assert hub.seen("xet-read-token")
+        assert not hub.seen("GET /objects/")
+        assert cli("pull", "alice/lora", "-o", "over-http").code == 0
+        assert hub.seen("GET /objects/")
+        weights = (lora / "adapter_model.safetensors").read_bytes()
+        assert contents(cli.folder / "over-http")["adapter_model.safetensors"] == weights
+        assert cli("expand", lora, "-o", "local").code == 0
+        made = [contents(cli.folder / name)["adapter_model.safetensors"] for name in ("over-xet", "local")]
+        assert made[0] == made[1]
