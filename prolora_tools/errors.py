@@ -34,15 +34,9 @@ class ProloraError(Exception):
         self.args = (self.message,)
 
 
-def first_line(error: BaseException, *, skip: int = 0) -> str:
-    """What another library's error says in its first line, or its class where it says nothing.
-
-    Args:
-        error: the error.
-        skip: lines to leave out where others follow.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line, *more = lines[min(skip, len(lines) - 1) :]
+def first_line(error: BaseException) -> str:
+    """What another library's error says in its first line, or its class where it says nothing."""
+    line, *more = [part.strip() for part in str(error).splitlines() if part.strip()] or [type(error).__name__]
     return f"{line} {more[0]}" if line.endswith(":") and more else line
 
 

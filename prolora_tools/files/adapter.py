@@ -230,8 +230,6 @@ def read_weights(file: Path) -> dict[str, StoredTensor]:
 
 def _read_bin(file: Path) -> dict[str, StoredTensor]:
     """A pickled state dict, through torch's weights_only unpickler and nothing else."""
-    import pickle  # noqa: PLC0415 - only its exception is used
-
     import torch  # noqa: PLC0415 - the one place where reading an adapter needs torch
 
     with reading(file):
@@ -243,10 +241,11 @@ def _read_bin(file: Path) -> dict[str, StoredTensor]:
     except InputError:
         raise
     except Exception as error:  # a broken pickle makes torch raise anything, IndexError and TypeError too
-        skip = isinstance(error, pickle.UnpicklingError)  # its first line advises to run the code all the same
+        # The whole message of an UnpicklingError advises to run the code all the same.
+        why = re.search("(WeightsUnpickler error|Trying to load unsupported GLOBAL).*", str(error))
         raise InputError(
             "bin-unreadable",
-            f"{file}: torch.load(weights_only=True) refuses it: {first_line(error, skip=skip)}",
+            f"{file}: torch.load(weights_only=True) refuses it: {why[0] if why else first_line(error)}",
             hint="the file is damaged, or holds code; get the adapter as safetensors",
         ) from error
 

@@ -1,6 +1,7 @@
 """safetensors dtypes in numpy, bfloat16 included, without torch.
 
-Decoding widens to float32 (float64 stays), which is exact. Encoding rounds once, to nearest even, as torch does.
+Decoding widens to float32 (float64 stays), which is exact. Encoding rounds once, to nearest even, as torch does
+(torch rounds float64 to half precision twice, through float32; we round once).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def encode(values: Floats, dtype: str) -> npt.NDArray[Any]:
     `all_finite` on the result tells.
     """
     if dtype != "BF16":
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # invalid: a signalling nan becomes a quiet one
             return np.ascontiguousarray(values, dtype=_CARRIERS[dtype])
     if values.dtype == np.float64:
         values = _to_odd_float32(values)
@@ -95,7 +96,7 @@ def encode(values: Floats, dtype: str) -> npt.NDArray[Any]:
 
 def _to_odd_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """float64 -> float32 rounded to odd, which a second rounding to fewer bits cannot tell from exact."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         near = values.astype(np.float32)
     inexact = (near.astype(np.float64) != values) & np.isfinite(near)
     bits = near.view(np.uint32)

@@ -14,7 +14,7 @@ import math
 import os
 import reprlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from prolora_tools.errors import InputError, UnsupportedError
 from prolora_tools.files import dtypes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from prolora_tools.files.dtypes import Floats
@@ -155,8 +155,16 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _parse_object(raw: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object that can be written again, every key given once; any other fault is a ValueError."""
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _parse_object(raw: bytes, path: Path, *, parse_constant: Callable[[str], object] | None = None) -> dict[str, Any]:
+    """A JSON object that can be written again, every key given once; any other fault is a ValueError.
+
+    Python's JSON knows NaN and Infinity, and configs written by transformers use them; `parse_constant` says what
+    becomes of them.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -170,7 +178,7 @@ def _parse_object(raw: bytes, path: Path) -> dict[str, Any]:
             seen[key] = value
         return seen
 
-    parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    parsed = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=parse_constant)
     if not isinstance(parsed, dict):
         raise ValueError(f"it is a {type(parsed).__name__}")  # noqa: TRY004 - the caller asks for ValueErrors
     if b"\\ud" in raw.lower():
@@ -204,7 +212,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             )
         raw = f.read(length)
     try:
-        header = _parse_object(raw, path)
+        header = _parse_object(raw, path, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(
             "safetensors-header-json", f"{path}: the header is no JSON object: {error}", hint=REDOWNLOAD
