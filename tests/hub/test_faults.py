@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from .server import Hub
 
-MODES = pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
+MODES = pytest.mark.parametrize(
+    "xet", [pytest.param(True, id="xet"), pytest.param(False, id="lfs", marks=pytest.mark.slow)]
+)
 
 
 def assert_pushed_once(hub: Hub, folder: Path, *, commits: int = 2) -> None:
@@ -92,9 +94,10 @@ BUSY = {
     "verify": ("POST .*/lfs/verify", False),
     "commit": ("POST .*/commit/", True),
 }
+OTHERS = sorted(BUSY.keys() - {"upload", "commit"})
 
 
-@pytest.mark.parametrize("where", BUSY)
+@pytest.mark.parametrize("where", ["upload", "commit", *(pytest.param(w, marks=pytest.mark.slow) for w in OTHERS)])
 def test_busy_while_pushing(hub: Hub, cli: Cli, lora: Path, where: str) -> None:
     pattern, xet = BUSY[where]
     hub.create("alice/it")
@@ -184,7 +187,7 @@ def test_download_that_is_always_cut_is_one_error(hub: Hub, cli: Cli, lora: Path
     assert leftovers(cli.folder) == []
 
 
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("status", [429, pytest.param(503, marks=pytest.mark.slow)])
 def test_busy_while_pulling(hub: Hub, cli: Cli, lora: Path, status: int) -> None:
     hub.create("alice/it", contents(lora))
     faults = [hub.fault(p, "status", status) for p in ("GET .*/tree/", "GET /objects/")]

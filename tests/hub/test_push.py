@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .server import Hub
 
 MODES = pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
+MOSTLY_XET = pytest.mark.parametrize(
+    "xet", [pytest.param(True, id="xet"), pytest.param(False, id="lfs", marks=pytest.mark.slow)]
+)
 
 
 @MODES
@@ -97,7 +100,7 @@ def test_new_shards_replace_the_old_weights(hub: Hub, cli: Cli, tmp_path: Path) 
     assert set(hub.files("alice/it")) == set(contents(folder)) | {"README.md", "notes.txt"}
 
 
-@MODES
+@MOSTLY_XET
 def test_pull_request(hub: Hub, cli: Cli, lora: Path, *, xet: bool) -> None:
     hub.create("bob/it")
     first = cli("push", lora, "bob/it", "--create-pr", "--commit-message", "Better", xet=xet)
@@ -153,7 +156,7 @@ def test_large_folders_take_the_clients_path(hub: Hub, cli: Cli, model: Path) ->
     assert hub.repos["alice/it"].history("main")[0].title == "Upload merged model"
 
 
-@MODES
+@MOSTLY_XET
 def test_six_pushes_at_once_all_land(hub: Hub, cli: Cli, tmp_path: Path, *, xet: bool) -> None:
     folders = [write_lora(tmp_path / f"lora{i}", seed=i) for i in range(6)]
     started = [cli.start("push", f, "alice/it", "--commit-message", f.name, xet=xet) for f in folders]
