@@ -450,7 +450,14 @@ def write_adapter(
         if at_hand[0] != spec.path:  # a module's tensors follow each other in the file
             at_hand = (spec.path, factors(spec.path))
             progress.advance(1)
-        return dtypes.encode(at_hand[1][spec.role], spec.dtype).tobytes()
+        carrier = dtypes.encode(at_hand[1][spec.role], spec.dtype)
+        if not dtypes.all_finite(carrier, spec.dtype):
+            raise InputError(
+                "factor-overflow",
+                f"factor {spec.role} of {spec.path} has numbers that {spec.dtype} cannot hold",
+                hint="choose a wider type, such as --dtype float32",
+            )
+        return carrier.tobytes()
 
     all_specs = [(s.name, s.dtype, s.shape) for s in by_name.values()]
     all_specs += [(name, t.dtype, t.shape) for name, t in copied.items()]

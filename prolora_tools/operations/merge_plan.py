@@ -143,7 +143,8 @@ class Blocks:
         # Stored (in, out), the norm of an output runs down a column: a pass of its own over the weight.
         plain = replace(parts, magnitude=None)
         walk = (weight for _, weight in self._weights(tensor, plain, 0, tensor.matrix[0]))
-        return replace(parts, column_factor=magnitude / column_norms(walk, tensor.matrix[1]))
+        with np.errstate(all="ignore"):
+            return replace(parts, column_factor=magnitude / column_norms(walk, tensor.matrix[1]))
 
     def _weights(self, tensor: OutputTensor, parts: _Parts, start: int, stop: int) -> Iterator[tuple[int, Floats]]:
         """The block's values before rounding, float32 (float64 for an F64 source)."""
@@ -160,14 +161,15 @@ class Blocks:
             piece = raw[: n * row_bytes]
             self.files.read_into(source, at * row_bytes, piece)
             weight = dtypes.decode(piece.data, source.dtype).reshape(n, columns)
-            if parts.delta is not None:
-                parts.delta.add_to(weight, at, scratch[:n])
-            if parts.column_factor is not None:
-                weight *= parts.column_factor
-            elif parts.magnitude is not None:
-                weight *= (parts.magnitude[at : at + n] / row_norms(weight))[:, None]
-            if parts.bias is not None:
-                weight += parts.bias[at : at + n, None]
+            with np.errstate(all="ignore"):  # what is not finite is an error of its own, told by __call__
+                if parts.delta is not None:
+                    parts.delta.add_to(weight, at, scratch[:n])
+                if parts.column_factor is not None:
+                    weight *= parts.column_factor
+                elif parts.magnitude is not None:
+                    weight *= (parts.magnitude[at : at + n] / row_norms(weight))[:, None]
+                if parts.bias is not None:
+                    weight += parts.bias[at : at + n, None]
             for row in range(at, at + n) if replaced else ():
                 if row in replaced and parts.tokens is not None:
                     weight[row - at] = parts.tokens[replaced[row]]

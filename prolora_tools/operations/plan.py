@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,8 +63,12 @@ def plan(
             hint="for example: --rank 8 --unshared 1 --chunks 7, or --budget 5M",
         )
     for name, value in (("budget", budget), ("LoRA rank", like_lora_rank), ("limit", limit)):
-        if value is not None and value < 1:
-            raise RequestError("plan-number", f"the {name} is {value}, expected at least 1", hint="give a positive one")
+        if value is not None and not 1 <= value < 2**63:
+            raise RequestError(
+                "plan-number",
+                f"the {name} is {reprlib.repr(value)}, expected at least 1, and less than 2^63",
+                hint="give a positive one",
+            )
     bits = dtypes.ITEM_BITS[dtypes.parse(dtype)]
     chunks = (chunks, chunks) if isinstance(chunks, int) else chunks
     geometry = Geometry(rank, unshared, *chunks) if rank is not None else None

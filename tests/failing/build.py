@@ -496,16 +496,26 @@ def operations() -> Iterator[Case]:
     yield Case("expand-uniform-extras", "expand adapter -o OUT --uniform", saved)
     yield Case("expand-uniform-extras--dora", "expand adapter -o OUT --uniform", dora)
 
+    wide = adapter(tensors={**factors(), f"{Q}.lora_B.weight": numbers(4, 2, at={2: 65520})})
+    yield Case("factor-overflow", "expand adapter -o OUT --dtype float16", wide)
+    half = {name: numbers(*t.shape, dtype="F16", at={1: 60000}) for name, t in factors().items()}
+    scaled = adapter({"use_rslora": True}, half)
+    yield Case("factor-overflow--uniform", "expand adapter -o OUT --uniform", scaled)
+
     yield Case("plan-one-of", "plan base", {"base/config.json": text(LLAMA)}, 2)
     yield Case("plan-one-of--two", "plan base --rank 2 --budget 5k", {"base/config.json": text(LLAMA)}, 2)
     yield Case("plan-number", "plan base --budget 0", {"base/config.json": text(LLAMA)}, 2)
+    yield Case("plan-number--huge", f"plan base --limit {10**30} --rank 2", {"base/config.json": text(LLAMA)}, 2)
     yield Case("plan-number--rank", "plan base --like-lora-rank -1", {"base/config.json": text(LLAMA)}, 2)
     yield Case("plan-no-targets", f"{PLAN} --targets query,value", {"base/config.json": text(LLAMA)})
     yield Case("plan-no-targets--none-named", f"{PLAN} --targets ,", {"base/config.json": text(LLAMA)})
 
 
-def merging() -> Iterator[Case]:
-    yield Case("shard-size", f"{MERGE} --max-shard-size 0GB", {**adapter(), **base()}, 2)
+MODEL = {f"{Q}.weight": numbers(4, 4), "model.embed_tokens.weight": numbers(6, 4), "lm_head.weight": numbers(6, 4)}
+"""The weights of LLAMA that cases need."""
+
+
+def not_finite() -> Iterator[Case]:
     overflow = {f"{Q}.weight": numbers(4, 4, dtype="F16", at={3: 65504})}
     large = {**factors(), f"{Q}.lora_A.weight": numbers(2, 4, at={3: 1e6, 7: 1e6})}
     for variant, weight in (
@@ -513,10 +523,24 @@ def merging() -> Iterator[Case]:
         ("--bfloat16", {f"{Q}.weight": numbers(4, 4, dtype="BF16", at={2: INF})}),
     ):
         yield Case(f"merge-not-finite{variant}", MERGE, {**adapter(), **base(tensors=weight)})
+    dora = adapter({"use_dora": True}, {**factors(), f"{Q}.lora_magnitude_vector": numbers(4)})
+    zero = {f"{Q}.weight": Tensor("F32", (4, 4), bytes(64))}
+    flat = adapter(
+        {"use_dora": True},
+        {**factors(), f"{Q}.lora_B.weight": Tensor("F32", (4, 2), bytes(32)), f"{Q}.lora_magnitude_vector": numbers(4)},
+    )
+    yield Case("merge-not-finite--dora", MERGE, {**dora, **base(tensors={f"{Q}.weight": numbers(4, 4, at={1: NAN})})})
+    yield Case("merge-not-finite--dora-zero-row", MERGE, {**flat, **base(tensors=zero)})
+    largest = {f"{Q}.lora_A.weight": numbers(2, 4, at={0: 1e30}), f"{Q}.lora_B.weight": numbers(4, 2, at={0: 1e30})}
+    yield Case("merge-not-finite--product", MERGE, {**adapter(tensors=largest), **base()})
     yield Case("merge-not-finite--overflow", MERGE, {**adapter(tensors=large), **base(tensors=overflow)})
     head = adapter({"modules_to_save": ["lm_head"]}, {**factors(), "lm_head.weight": numbers(6, 4, at={23: NAN})})
-    model = {f"{Q}.weight": numbers(4, 4), "model.embed_tokens.weight": numbers(6, 4), "lm_head.weight": numbers(6, 4)}
-    yield Case("merge-not-finite--modules_to_save", MERGE, {**head, **base(tensors=model, whole=LLAMA)})
+    yield Case("merge-not-finite--modules_to_save", MERGE, {**head, **base(tensors=MODEL, whole=LLAMA)})
+
+
+def merging() -> Iterator[Case]:
+    yield from not_finite()
+    yield Case("shard-size", f"{MERGE} --max-shard-size 0GB", {**adapter(), **base()}, 2)
 
     for variant, method in (("", "gptq"), ("--bitsandbytes", "bitsandbytes"), ("--fp8", "fp8"), ("--awq", "awq")):
         config = {"quantization_config": {"quant_method": method}}
@@ -531,11 +555,11 @@ def merging() -> Iterator[Case]:
     yield Case("merge-shape--names-base", MERGE, {**named, **base()})
     tokens = {**factors(), "model.embed_tokens.token_adapter.trainable_tokens_delta": numbers(2, 4)}
     beyond = adapter({"trainable_token_indices": [1, 6]}, tokens)
-    yield Case("merge-token-row", MERGE, {**beyond, **base(tensors=model, whole=LLAMA)})
+    yield Case("merge-token-row", MERGE, {**beyond, **base(tensors=MODEL, whole=LLAMA)})
     layers = {f"{Q}.weight": numbers(4, 4), f"{Q1}.weight": numbers(4, 4)}
     yield Case("merge-module-missing", MERGE, {**adapter(), **base(tensors=layers)})
     resized = {**factors(), "model.embed_tokens.weight": numbers(7, 4), "lm_head.weight": numbers(8, 4)}
-    yield Case("merge-vocabulary", MERGE, {**adapter(tensors=resized), **base(tensors=model, whole=LLAMA)})
+    yield Case("merge-vocabulary", MERGE, {**adapter(tensors=resized), **base(tensors=MODEL, whole=LLAMA)})
 
     conv = "resnet.embedder.embedder.convolution"
     grouped = {f"{conv}.lora_A.weight": numbers(2, 4, 1, 1), f"{conv}.lora_B.weight": numbers(4, 2, 1, 1)}
