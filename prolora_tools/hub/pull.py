@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,6 +65,12 @@ def pull(
         raise RequestError("hub-revision-twice", f"{repo} and {revision!r} both name a revision", hint="give one")
     name = RepoName(name.id, revision or name.revision)
     expected = _expected(sha256 or {})
+    if expect_revision is not None and not re.fullmatch("[0-9a-f]{7,40}", expect_revision.lower()):
+        raise RequestError(
+            "expect-revision-invalid",
+            f"{expect_revision!r} is no commit: expected 7 to 40 hexadecimal digits",
+            hint="give the commit that an earlier pull printed",
+        )
     target = Path(out)
     with writing(target):
         check_target(target, [], overwrite=overwrite)
@@ -102,19 +109,12 @@ def _expected(sha256: Mapping[str, str]) -> dict[str, str]:
 
 def _compare(listing: Listing, expected: Mapping[str, str], expect_revision: str | None) -> None:
     """What can be known before the download."""
-    if expect_revision is not None:
-        if len(expect_revision) < 7 or not set(expect_revision.lower()) <= set("0123456789abcdef"):
-            raise RequestError(
-                "expect-revision-invalid",
-                f"{expect_revision!r} is no commit: expected 7 to 40 hexadecimal digits",
-                hint="give the commit that an earlier pull printed",
-            )
-        if not listing.commit.startswith(expect_revision.lower()):
-            raise MismatchError(
-                "pull-revision",
-                f"{listing.name} is at commit {listing.commit}, expected {expect_revision}",
-                hint=f"the repository has changed; for the expected commit: {listing.name.id}@{expect_revision}",
-            )
+    if not listing.commit.startswith((expect_revision or "").lower()):
+        raise MismatchError(
+            "pull-revision",
+            f"{listing.name} is at commit {listing.commit}, expected {expect_revision}",
+            hint=f"the repository has changed; for the expected commit: {listing.name.id}@{expect_revision}",
+        )
     if missing := sorted(set(expected) - {f.path for f in listing.files}):
         raise MismatchError(
             "pull-sha256-file",

@@ -212,12 +212,16 @@ class _Push:
 
     def run(self, skipped: tuple[str, ...], *, dry_run: bool) -> PushReport:
         """Push, or tell what a push would do."""
+        given_card = _CARD in self.local
+        if given_card:  # before anything is made on the Hub: it may not be readable
+            self.complete_card(None)
         private = self.visibility()
         created = private is None
         if created and not dry_run:
             private = self.create()
         head = self.head(create_branch=not dry_run and not created) if private is not None else None
-        self.complete_card(head)
+        if not given_card:
+            self.complete_card(head)
         remote = self.remote_files(head)
         files = self.changes(remote)
         unchanged = all(f.change == "unchanged" for f in files)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 DATE = "2026-01-01T00:00:00.000Z"
-FaultKind = Literal["status", "drop", "lost", "cut", "long", "flip", "redirect", "headers", "pause"]
+FaultKind = Literal["status", "drop", "lost", "cut", "long", "flip", "redirect", "headers", "body", "pause"]
 
 
 @dataclass
@@ -42,7 +42,8 @@ class Fault:
 
     status: answer `value` and do nothing. drop: cut the connection in the request's body. lost: do it, then cut.
     cut: send half the body. long: send more than the file has. flip: change one byte of the body. redirect: 302 to the
-    URL `value`. headers: set the headers `value`. pause: wait `value` seconds first.
+    URL `value`. headers: set the headers `value`. body: answer with the bytes `value` instead.
+    pause: wait `value` seconds first.
     """
 
     pattern: str
@@ -233,6 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, reply: Reply) -> None:
         if "lost" in self.faults:
             self._cut()
+        reply.body = self.faults.get("body", reply.body)
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         size = reply.span[2] - reply.span[1] if reply.span else len(body)
         announced = size + (1000 if "long" in self.faults else 0)
