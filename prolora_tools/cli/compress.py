@@ -11,6 +11,7 @@ from prolora_tools.cli.options import DTYPES, shown, written
 
 if TYPE_CHECKING:
     from prolora_tools.core.fitting import Method
+    from prolora_tools.operations.compress import Strides
 
 
 @click.command("compress")
@@ -22,8 +23,16 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--method",
-    type=click.Choice(["average", "align"]),
-    help="average: chunk averaging as stored. align: in the SVD basis. Without it, each module takes its better one.",
+    type=click.Choice(["average", "align", "fit"]),
+    help="average: chunk averaging as stored. align: in the SVD basis. fit: least squares, never worse than both. "
+    "Without it, each module takes its best one.",
+)
+@click.option(
+    "--strides",
+    type=options.strides,
+    metavar="S_A,S_B|official|free",
+    help="Rank steps between copies of A and of B. free chooses those that fit best, and is the default but for "
+    "average and align.",
 )
 @click.option("--max-error", type=click.FloatRange(min=0), metavar="E", help="Exit with 3 if the error is above E.")
 @click.option("--dtype", type=DTYPES, help="Store factors in this dtype, instead of each module's own.")
@@ -34,6 +43,7 @@ def command(
     unshared: int,
     chunks: tuple[int, int],
     method: Method | None,
+    strides: Strides | None,
     max_error: float | None,
     dtype: str | None,
     *,
@@ -58,6 +68,7 @@ def command(
                 unshared=unshared,
                 chunks=chunks,
                 method=method,
+                strides=strides,
                 max_error=max_error,
                 dtype=dtype,
                 overwrite=overwrite,

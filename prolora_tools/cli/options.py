@@ -46,6 +46,17 @@ def chunks(value: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def strides(value: str) -> Any:
+    """S_A,S_B or one of two words; an option's type."""
+    text = value.strip()
+    if text in {"official", "free"}:
+        return text
+    match = re.fullmatch(r"(\d+),(\d+)", text)
+    if not match:
+        raise click.BadParameter(f"{value!r} is not S_A,S_B such as 4,2, nor official or free")
+    return int(match[1]), int(match[2])
+
+
 def shown(command: F) -> F:
     """--json and --quiet."""
     command = click.option("--quiet", "-q", is_flag=True, help="Print no progress and no notes.")(command)

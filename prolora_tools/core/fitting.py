@@ -2,16 +2,22 @@
 
 All matrices are rank-first: `a` is A, (r, in), and `bt` is B transposed, (r, out), so dW = bt.T @ a times the
 scaling, which these maps never touch. Nothing here builds a dense dW: errors come from r x r Gram matrices.
+
+With moments the norm is |G^1/2 (B A - B^ A^) C^1/2|: C the second moments of the layer's inputs, G those of the
+gradients of its outputs. A None among them is the identity.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from prolora_tools.core import weighted
+from prolora_tools.core.als import Batch, stride_candidates
 from prolora_tools.core.sharing import expand, project
+from prolora_tools.core.weighted import WeightedFit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,12 +25,17 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from prolora_tools.core.geometry import Geometry
+    from prolora_tools.core.moments import Moments
 
-    Matrix = npt.NDArray[np.float64]
+    Matrix = npt.NDArray[np.floating[Any]]
+    Pair = tuple[Moments | None, Moments | None]
     AnyMatrix = npt.NDArray[np.floating[Any]]
 
-Method = Literal["average", "align"]
-METHODS: tuple[Method, ...] = ("average", "align")
+Method = Literal["average", "align", "fit"]
+METHODS: tuple[Method, ...] = ("average", "align", "fit")
+NO_MOMENTS: Pair = (None, None)
+CLEARLY = 0.98
+"""Other strides than asked for are taken where they leave less than this share of the squared error."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,9 @@ class Quality:
         norm: of B A.
         svd_rank: the largest rank whose plain LoRA has no more parameters.
         svd_error: of B A minus its truncated SVD of that rank.
+        calibrated_error: of B A - B^ A^ in the norm of the moments; equal to `error` without moments.
+        calibrated_norm: of B A in that norm.
+        svd_calibrated_error: of the best LoRA of rank `svd_rank` in that norm.
     """
 
     method: Method
@@ -74,6 +88,9 @@ class Quality:
     norm: float
     svd_rank: int
     svd_error: float
+    calibrated_error: float
+    calibrated_norm: float
+    svd_calibrated_error: float
 
 
 def product_norm(a: Matrix, bt: Matrix) -> float:
@@ -81,14 +98,22 @@ def product_norm(a: Matrix, bt: Matrix) -> float:
     return float(np.sqrt(max(float(np.sum((bt @ bt.T) * (a @ a.T))), 0.0)))
 
 
-def difference_norm(a: AnyMatrix, bt: AnyMatrix, a_hat: AnyMatrix, bt_hat: AnyMatrix) -> float:
-    """Frobenius norm of bt.T @ a - bt_hat.T @ a_hat, of possibly different ranks, in float64.
+def difference_norm(
+    a: AnyMatrix, bt: AnyMatrix, a_hat: AnyMatrix, bt_hat: AnyMatrix, moments: Pair = NO_MOMENTS
+) -> float:
+    """Norm of bt.T @ a - bt_hat.T @ a_hat, of possibly different ranks, in float64: Frobenius, or of the moments.
 
     Written as (B - B^) A + B^ (A - A^), so that equal factors give exactly 0 and near ones no cancellation.
     """
     rank = max(a.shape[0], a_hat.shape[0])
     a, bt, a_hat, bt_hat = (_padded(x, rank) for x in (a, bt, a_hat, bt_hat))
-    return product_norm(np.concatenate([a, a - a_hat]), np.concatenate([bt - bt_hat, bt_hat]))
+    rows_a, rows_b = np.concatenate([a, a - a_hat]), np.concatenate([bt - bt_hat, bt_hat])
+    return float(np.sqrt(max(float(np.sum(_gram(rows_a, moments[0]) * _gram(rows_b, moments[1]))), 0.0)))
+
+
+def _gram(rows: Matrix, moments: Moments | None) -> Matrix:
+    out: Matrix = rows @ (rows if moments is None else moments.apply(rows)).T
+    return out
 
 
 def _padded(rows: AnyMatrix, rank: int) -> Matrix:
@@ -130,6 +155,17 @@ def _split(a: AnyMatrix, bt: AnyMatrix, unshared: Sequence[int], geometry: Geome
     )
 
 
+def _at_rank(a: AnyMatrix, bt: AnyMatrix, rank: int) -> tuple[AnyMatrix, AnyMatrix]:
+    """The pair as `rank` rows: as it is, with zeros behind, or its truncated SVD with the values split evenly."""
+    if a.shape[0] == rank:
+        return a, bt
+    if a.shape[0] < rank:
+        return _padded(a, rank), _padded(bt, rank)
+    ut, values, vt = svd_basis(a, bt)
+    root = np.sqrt(values)[:rank, None]
+    return _padded(root * vt[:rank], rank), _padded(root * ut[:rank], rank)
+
+
 def average(a: AnyMatrix, bt: AnyMatrix, geometry: Geometry) -> SharedFactors:
     """Chunk averaging in the stored basis; the unshared ranks are those that sharing would cost most.
 
@@ -138,10 +174,11 @@ def average(a: AnyMatrix, bt: AnyMatrix, geometry: Geometry) -> SharedFactors:
     this structure comes back bit for bit.
 
     Args:
-        a: A, (r, in), with r the geometry's rank.
+        a: A, (r, in).
         bt: B transposed, (r, out).
-        geometry: the shape to compress into.
+        geometry: the shape to compress into; where its rank is not r, zeros are added or the SVD is cut off.
     """
+    a, bt = _at_rank(a, bt, geometry.rank)
     last = _split(a, bt, range(geometry.shared, geometry.rank), geometry)
     if geometry.unshared in {0, geometry.rank}:
         return last
@@ -161,15 +198,37 @@ def align(a: AnyMatrix, bt: AnyMatrix, geometry: Geometry) -> SharedFactors:
     """Chunk averaging in the SVD basis of B A, the top u directions unshared, singular values split evenly.
 
     Args:
-        a: A, (r, in), with r the geometry's rank.
+        a: A, (r, in).
         bt: B transposed, (r, out).
-        geometry: the shape to compress into.
+        geometry: the shape to compress into; its rank need not be r.
     """
     ut, values, vt = svd_basis(a, bt)
-    root = np.sqrt(values)[:, None]
-    return _split(
-        _padded(root * vt, geometry.rank), _padded(root * ut, geometry.rank), range(geometry.unshared), geometry
-    )
+    root = np.sqrt(values)[: geometry.rank, None]
+    rows_a, rows_b = (_padded(root * x[: geometry.rank], geometry.rank) for x in (vt, ut))
+    return _split(rows_a, rows_b, range(geometry.unshared), geometry)
+
+
+def truncated(a: AnyMatrix, bt: AnyMatrix, rank: int, moments: Pair = NO_MOMENTS) -> tuple[Matrix, Matrix, Matrix]:
+    """The best LoRA of rank `rank` in the norm of the moments, and all singular values of B A in that norm.
+
+    With roots of the Gram matrices A C A^T = L_A L_A^T and B^T G B = L_B L_B^T, the values are those of L_B^T L_A.
+
+    Returns:
+        A, (rank, in), and B transposed, (rank, out), scaled to equal row norms in the norm, and the values (r,).
+    """
+    a, bt = a.astype(np.float64), bt.astype(np.float64)
+    (root_a, back_a), (root_b, back_b) = (_root(_gram(x, m)) for x, m in zip((a, bt), moments, strict=True))
+    left, values, right = np.linalg.svd(root_b.T @ root_a)
+    even = np.sqrt(values)[:rank, None]
+    return even * (right[:rank] @ back_a @ a), even * (left.T[:rank] @ back_b @ bt), values
+
+
+def _root(gram: Matrix) -> tuple[Matrix, Matrix]:
+    """L with L L^T = gram, and its pseudo-inverse."""
+    values, vectors = np.linalg.eigh(gram)
+    root = np.sqrt(np.maximum(values, 0.0))
+    inverse = np.divide(1.0, root, where=root > 1e-12 * root.max(initial=0.0), out=np.zeros_like(root))
+    return vectors * root, (vectors * inverse).T
 
 
 def fit(
@@ -179,26 +238,195 @@ def fit(
     *,
     method: Method | None = None,
     store: Callable[[AnyMatrix], AnyMatrix] = lambda x: x,
+    moments: Pair = NO_MOMENTS,
 ) -> tuple[SharedFactors, Quality]:
     """Compress one module and tell the error of what will be stored.
 
     Args:
-        a: A, (r, in), with r the geometry's rank.
+        a: A, (r, in).
         bt: B transposed, (r, out).
-        geometry: the shape to compress into.
-        method: `average` or `align`; None takes the one with the smaller error, `average` on a tie.
+        geometry: the shape to compress into; its rank need not be r.
+        method: `average`, `align`, or `fit`: alternating least squares from both and from the spectral start, never
+            worse than either. None takes the one with the smallest error, the simpler on a tie.
         store: the rounding to the stored dtype, whose error is counted in.
+        moments: of inputs and output gradients: the norm to be small in.
     """
-    makers = {"average": average, "align": align}
-    tried: list[tuple[float, Method, SharedFactors]] = []
-    for name in METHODS if method is None else (method,):
-        factors = makers[name](a, bt, geometry).map(store)
-        tried.append((difference_norm(a, bt, *factors.expanded(geometry)), name, factors))
-        if tried[-1][0] == 0.0:
-            break
-    error, name, factors = min(tried, key=lambda t: t[0])
+    return fit_many([(a, bt)], geometry, method=method, store=store, moments=[moments])[0]
+
+
+def fit_many(
+    pairs: Sequence[tuple[AnyMatrix, AnyMatrix]],
+    geometry: Geometry,
+    *,
+    method: Method | None = None,
+    store: Callable[[AnyMatrix], AnyMatrix] = lambda x: x,
+    moments: Sequence[Pair] | None = None,
+) -> list[tuple[SharedFactors, Quality]]:
+    """`fit` for modules of one shape; without moments they run as one batch, with the same result.
+
+    Args:
+        pairs: A (r, in) and B transposed (r, out) of each.
+        geometry: the shape to compress into.
+        method: as for `fit`.
+        store: as for `fit`.
+        moments: of each module.
+    """
+    norms = [NO_MOMENTS] * len(pairs) if moments is None else list(moments)
+    tried = [_simple(a, bt, geometry, method, store, m) for (a, bt), m in zip(pairs, norms, strict=True)]
+    if method in {None, "fit"} and not geometry.is_lora:
+        unsolved = [i for i, found in enumerate(tried) if min(found)[0] > 0.0]
+        starts = [[factors for _, _, _, factors in sorted(tried[i], key=lambda t: t[1])] for i in unsolved]
+        better = _als([pairs[i] for i in unsolved], geometry, starts, [norms[i] for i in unsolved])
+        for i, factors in zip(unsolved, better, strict=True):
+            rounded = factors.map(store)
+            tried[i].append((_error(pairs[i], rounded, geometry, norms[i]), len(METHODS), "fit", rounded))
+    results = []
+    for (a, bt), found, norm in zip(pairs, tried, norms, strict=True):
+        error, _, name, factors = min(found, key=lambda t: t[:2])
+        results.append((factors, _quality(a, bt, geometry, factors, method or name, error, norm)))
+    return results
+
+
+Tried = tuple[float, int, Method, SharedFactors]
+
+
+def _simple(
+    a: AnyMatrix,
+    bt: AnyMatrix,
+    geometry: Geometry,
+    method: Method | None,
+    store: Callable[[AnyMatrix], AnyMatrix],
+    moments: Pair,
+) -> list[Tried]:
+    """Averages as asked for, both where they are starts of `fit`; an exact one ends the search."""
+    tried: list[Tried] = []
+    makers: dict[Method, Callable[..., SharedFactors]] = {"average": average, "align": align}
+    for number, (name, make) in enumerate(makers.items()):
+        if method in {None, "fit", name}:
+            factors = make(a, bt, geometry).map(store)
+            tried.append((_error((a, bt), factors, geometry, moments), number, name, factors))
+            if tried[-1][0] == 0.0:
+                break
+    return tried
+
+
+def _error(pair: tuple[AnyMatrix, AnyMatrix], factors: SharedFactors, geometry: Geometry, moments: Pair) -> float:
+    return difference_norm(*pair, *factors.expanded(geometry), moments)
+
+
+def _als(
+    pairs: Sequence[tuple[AnyMatrix, AnyMatrix]],
+    geometry: Geometry,
+    starts: Sequence[Sequence[SharedFactors]],
+    moments: Sequence[Pair],
+) -> list[SharedFactors]:
+    """Alternating least squares: unweighted as a batch, and from there, module by module, in the norm of moments."""
+    if not pairs:
+        return []
+    batch = Batch(
+        np.stack([a for a, _ in pairs]).astype(np.float64), np.stack([b for _, b in pairs]).astype(np.float64), geometry
+    )
+    begun = []
+    for number in range(len(starts[0])):
+        arrays = [s[number] for s in starts]
+        begun.append(batch.start(*(np.stack(x).astype(np.float64) for x in zip(*map(_arrays, arrays), strict=True))))
+    if (closed := batch.spectral()) is not None:
+        begun.append(closed)
+    made = batch.fit(begun)
+    fitted = [_factors(arrays) for arrays in zip(*batch.finish(made[0], made[1]), strict=True)]
+    for i, norm in enumerate(moments):
+        if norm != NO_MOMENTS:
+            fitted[i] = _weighted(pairs[i], geometry, [fitted[i], *starts[i]], norm)
+    return fitted
+
+
+def _weighted(
+    pair: tuple[AnyMatrix, AnyMatrix],
+    geometry: Geometry,
+    starts: Sequence[SharedFactors],
+    moments: Pair,
+    rounds: int = weighted.ROUNDS,
+) -> SharedFactors:
+    problem = WeightedFit(pair[0].astype(np.float64), pair[1].astype(np.float64), geometry, moments)
+    begun = [problem.start(*(x.astype(np.float64) for x in _arrays(s))) for s in starts]
+    a, b, _ = problem.fit(begun, rounds)
+    return _factors(problem.finish(a, b))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A module by which strides are chosen.
+
+    Attributes:
+        a: A, (r, in).
+        bt: B transposed, (r, out).
+        geometry: its shape, with the strides to compare with.
+        weight: the square of its scaling.
+        moments: its norm.
+    """
+
+    a: AnyMatrix
+    bt: AnyMatrix
+    geometry: Geometry
+    weight: float
+    moments: Pair = NO_MOMENTS
+
+
+def choose_strides(samples: Sequence[Sample], most: int = 5) -> tuple[int, int]:
+    """The strides that leave the smallest total error, of `most` candidates and after a few rounds each.
+
+    Args:
+        samples: modules of one shared rank and one number of chunks.
+        most: candidates, the samples' own strides among them, which are kept unless another is clearly better.
+    """
+    candidates = stride_candidates(samples[0].geometry, most)
+    totals = dict.fromkeys(candidates, 0.0)
+    for sample in samples:
+        a, bt = sample.a.astype(np.float64), sample.bt.astype(np.float64)
+        batch = Batch(a[None], bt[None], sample.geometry)
+        for pair in candidates:
+            geometry = replace(sample.geometry, stride_a=pair[0], stride_b=pair[1])
+            factors = _trial(batch.restrided(geometry), a, bt, geometry, sample.moments)
+            error = difference_norm(a, bt, *factors.expanded(geometry), sample.moments)
+            totals[pair] += sample.weight * error**2
+    best = min(candidates, key=lambda pair: totals[pair])
+    return best if totals[best] < CLEARLY * totals[candidates[0]] else candidates[0]
+
+
+def _trial(batch: Batch, a: Matrix, bt: Matrix, geometry: Geometry, moments: Pair) -> SharedFactors:
+    """A short fit of one module."""
+    simple = [make(a, bt, geometry) for make in (average, align)]
+    begun = [batch.start(*(x.astype(np.float64)[None] for x in _arrays(s))) for s in simple]
+    if (closed := batch.spectral()) is not None:
+        begun.append(closed)
+    made = batch.fit(begun, 0)
+    factors = _factors(tuple(x[0] for x in batch.finish(made[0], made[1])))
+    return factors if moments == NO_MOMENTS else _weighted((a, bt), geometry, [factors], moments, weighted.TRIAL_ROUNDS)
+
+
+def _arrays(factors: SharedFactors) -> tuple[AnyMatrix, ...]:
+    """In the order of the solvers: A's chunk and unshared part, then B's."""
+    return factors.a_chunk, factors.a_unshared, factors.b_chunk, factors.b_unshared
+
+
+def _factors(arrays: tuple[AnyMatrix, ...]) -> SharedFactors:
+    return SharedFactors(arrays[0], arrays[2], arrays[1], arrays[3])
+
+
+def _quality(
+    a: AnyMatrix, bt: AnyMatrix, geometry: Geometry, factors: SharedFactors, method: Method, error: float, moments: Pair
+) -> Quality:
     values = svd_basis(a, bt)[1]
     parameters = geometry.parameters(a.shape[1], bt.shape[1])
     svd_rank = min(parameters // (a.shape[1] + bt.shape[1]), len(values))
-    svd_error = float(np.linalg.norm(values[svd_rank:]))
-    return factors, Quality(name, error, float(np.linalg.norm(values)), svd_rank, svd_error)
+    weighed = values if moments == NO_MOMENTS else truncated(a, bt, 0, moments)[2]
+    return Quality(
+        method=method,
+        error=error if moments == NO_MOMENTS else _error((a, bt), factors, geometry, NO_MOMENTS),
+        norm=float(np.linalg.norm(values)),
+        svd_rank=svd_rank,
+        svd_error=float(np.linalg.norm(values[svd_rank:])),
+        calibrated_error=error,
+        calibrated_norm=float(np.linalg.norm(weighed)),
+        svd_calibrated_error=float(np.linalg.norm(weighed[svd_rank:])),
+    )

@@ -83,11 +83,11 @@ def with_prolora(network: Any, adapter: Adapter) -> Any:
         arrays = {role: m.read(role) for role in m.stored}
         a = prolora.full_a(
             arrays["A"], arrays["A_unshared"], ranks=g.shared, rank_unshared=g.unshared,
-            dim=m.in_features, chunks=g.chunks_a, step=prolora.stride(g.shared, g.chunks_a),
+            dim=m.in_features, chunks=g.chunks_a, step=g.a.stride,
         )  # fmt: skip
         b = prolora.full_b(
             arrays["B"], arrays["B_unshared"], ranks=g.shared, rank_unshared=g.unshared,
-            dim=m.out_features, chunks=g.chunks_b, step=prolora.stride(g.shared, g.chunks_b),
+            dim=m.out_features, chunks=g.chunks_b, step=g.b.stride,
         )  # fmt: skip
         rank = len(a)
         alpha = adapter.config.alpha_of(path)
