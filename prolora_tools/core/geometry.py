@@ -143,14 +143,14 @@ class Geometry:
         """
         if self.shared == 0:
             return 0
-        columns, rows = self.a.copies(in_features), self.b.copies(out_features)
-        return len(
-            {
-                (i * self.a.stride - j * self.b.stride) % self.shared
-                for i in range(min(columns, self.shared))  # rolls repeat after r_s copies
-                for j in range(min(rows, self.shared))
-            }
-        )
+        turns_a = {i * self.a.stride % self.shared for i in range(min(self.a.copies(in_features), self.shared))}
+        turns_b = {j * self.b.stride % self.shared for j in range(min(self.b.copies(out_features), self.shared))}
+        found: set[int] = set()
+        for turn in turns_b:
+            found |= {(other - turn) % self.shared for other in turns_a}
+            if len(found) == self.shared:  # all there can be
+                break
+        return len(found)
 
     def __str__(self) -> str:
         text = f"r={self.rank} u={self.unshared} m={self.chunks_a} n={self.chunks_b}"
