@@ -108,7 +108,12 @@ def difference_norm(
     rank = max(a.shape[0], a_hat.shape[0])
     a, bt, a_hat, bt_hat = (_padded(x, rank) for x in (a, bt, a_hat, bt_hat))
     rows_a, rows_b = np.concatenate([a, a - a_hat]), np.concatenate([bt - bt_hat, bt_hat])
-    return float(np.sqrt(max(float(np.sum(_gram(rows_a, moments[0]) * _gram(rows_b, moments[1]))), 0.0)))
+    grams = _gram(rows_a, moments[0]), _gram(rows_b, moments[1])
+    square, scale = float(np.sum(grams[0] * grams[1])), float(np.trace(grams[0]) * np.trace(grams[1]))
+    if moments == NO_MOMENTS and square < 1e-10 * scale:  # the sum has cancelled; triangular factors do not square
+        (_, triangle_a), (_, triangle_b) = np.linalg.qr(rows_a.T), np.linalg.qr(rows_b.T)
+        return float(np.linalg.norm(triangle_b @ triangle_a.T))
+    return float(np.sqrt(max(square, 0.0)))
 
 
 def _gram(rows: Matrix, moments: Moments | None) -> Matrix:
