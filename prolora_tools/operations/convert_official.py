@@ -199,9 +199,9 @@ def _modules(
                 f"{file}: {path} lacks {', '.join(s for s, role in _ROLES.items() if role in missing)}",
                 hint="the checkpoint is incomplete; copy it again",
             )
-        for tensor in stored.values():
-            if len(tensor.shape) != 2 or 0 in tensor.shape:
-                raise _shape_error(file, tensor, "2 dims, none of them 0")
+        for role, tensor in stored.items():
+            if len(tensor.shape) != 2 or tensor.shape[0 if role == "B" else 1] == 0:  # no ranks is fine, no columns not
+                raise _shape_error(file, tensor, "2 dims, only the ranks of which may be 0")
         modules.append(_Module(path, stored, *_dims(file, path, stored, base)))
     _check_shapes(file, config, modules)
     return modules
