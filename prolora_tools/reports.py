@@ -141,12 +141,16 @@ class ModuleCompression(ModuleBudget):
     """One compressed module; errors are None in a dry run.
 
     `svd_relative_error` is that of the truncated SVD of rank `svd_rank`, the largest LoRA no bigger than this.
+    `calibrated_error` is the relative error in the norm of the statistics, and `svd_calibrated_error` that of the
+    best LoRA of rank `svd_rank` in that norm; None without statistics.
     """
 
     method: str | None
     relative_error: float | None
     svd_rank: int
     svd_relative_error: float | None
+    calibrated_error: float | None = None
+    svd_calibrated_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,9 @@ class CompressionReport(Report):
         svd_relative_error: the same for truncated SVDs that are, module by module, no bigger.
         svd_parameters: what those SVDs would cost, beside tensors included.
         max_error: the tolerance asked for.
+        calibrated_error: the relative error in the norm of the statistics, None without them.
+        svd_calibrated_error: the same for the best LoRAs of those ranks in that norm.
+        budget: parameters that were allowed, None where the shape was given or found.
     """
 
     source: str
@@ -180,11 +187,15 @@ class CompressionReport(Report):
     max_error: float | None
     modules: tuple[ModuleCompression, ...]
     notes: tuple[str, ...] = ()
+    calibrated_error: float | None = None
+    svd_calibrated_error: float | None = None
+    budget: int | None = None
 
     @property
     def ok(self) -> bool:
-        """Whether the total relative error is within `max_error`."""
-        return self.max_error is None or self.relative_error is None or self.relative_error <= self.max_error
+        """Whether the total error, in the norm of the statistics where there are any, is within `max_error`."""
+        error = self.relative_error if self.calibrated_error is None else self.calibrated_error
+        return self.max_error is None or error is None or error <= self.max_error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from prolora_tools.core import weighted
+from prolora_tools.core import als, weighted
 from prolora_tools.core.als import Batch, stride_candidates
 from prolora_tools.core.sharing import expand, project
 from prolora_tools.core.weighted import WeightedFit
@@ -266,6 +266,7 @@ def fit_many(
     method: Method | None = None,
     store: Callable[[AnyMatrix], AnyMatrix] = lambda x: x,
     moments: Sequence[Pair] | None = None,
+    quick: bool = False,
 ) -> list[tuple[SharedFactors, Quality]]:
     """`fit` for modules of one shape; without moments they run as one batch, with the same result.
 
@@ -275,21 +276,33 @@ def fit_many(
         method: as for `fit`.
         store: as for `fit`.
         moments: of each module.
+        quick: a few rounds only, to compare shapes.
     """
     norms = [NO_MOMENTS] * len(pairs) if moments is None else list(moments)
     tried = [_simple(a, bt, geometry, method, store, m) for (a, bt), m in zip(pairs, norms, strict=True)]
     if method in {None, "fit"} and not geometry.is_lora:
-        unsolved = [i for i, found in enumerate(tried) if min(found)[0] > 0.0]
+        unsolved = [i for i, found in enumerate(tried) if min(t[0] for t in found) > 0.0]
         starts = [[factors for _, _, _, factors in sorted(tried[i], key=lambda t: t[1])] for i in unsolved]
-        better = _als([pairs[i] for i in unsolved], geometry, starts, [norms[i] for i in unsolved])
+        better = _als([pairs[i] for i in unsolved], geometry, starts, [norms[i] for i in unsolved], quick=quick)
         for i, factors in zip(unsolved, better, strict=True):
             rounded = factors.map(store)
             tried[i].append((_error(pairs[i], rounded, geometry, norms[i]), len(METHODS), "fit", rounded))
+    elif method in {None, "fit"} and geometry.unshared == geometry.rank:
+        for i, norm in enumerate(norms):
+            if min(t[0] for t in tried[i]) > 0.0:
+                rounded = _whole(*pairs[i], geometry, norm).map(store)
+                tried[i].append((_error(pairs[i], rounded, geometry, norm), len(METHODS), "fit", rounded))
     results = []
     for (a, bt), found, norm in zip(pairs, tried, norms, strict=True):
         error, _, name, factors = min(found, key=lambda t: t[:2])
         results.append((factors, _quality(a, bt, geometry, factors, method or name, error, norm)))
     return results
+
+
+def _whole(a: AnyMatrix, bt: AnyMatrix, geometry: Geometry, moments: Pair) -> SharedFactors:
+    """With nothing shared the optimum is the truncated SVD in the norm."""
+    a_hat, bt_hat, _ = truncated(a, bt, geometry.rank, moments)
+    return _split(_padded(a_hat, geometry.rank), _padded(bt_hat, geometry.rank), range(geometry.rank), geometry)
 
 
 Tried = tuple[float, int, Method, SharedFactors]
@@ -324,6 +337,8 @@ def _als(
     geometry: Geometry,
     starts: Sequence[Sequence[SharedFactors]],
     moments: Sequence[Pair],
+    *,
+    quick: bool,
 ) -> list[SharedFactors]:
     """Alternating least squares: unweighted as a batch, and from there, module by module, in the norm of moments."""
     if not pairs:
@@ -337,11 +352,12 @@ def _als(
         begun.append(batch.start(*(np.stack(x).astype(np.float64) for x in zip(*map(_arrays, arrays), strict=True))))
     if (closed := batch.spectral()) is not None:
         begun.append(closed)
-    made = batch.fit(begun)
+    made = batch.fit(begun, 0 if quick else als.ROUNDS)
     fitted = [_factors(arrays) for arrays in zip(*batch.finish(made[0], made[1]), strict=True)]
     for i, norm in enumerate(moments):
         if norm != NO_MOMENTS:
-            fitted[i] = _weighted(pairs[i], geometry, [fitted[i], *starts[i]], norm)
+            begin = [fitted[i]] if quick else [fitted[i], *starts[i]]
+            fitted[i] = _weighted(pairs[i], geometry, begin, norm, weighted.TRIAL_ROUNDS if quick else weighted.ROUNDS)
     return fitted
 
 

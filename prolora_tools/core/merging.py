@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.floating[Any]]
 
+PANEL_BYTES = 1 << 20
+"""float32 bytes of a panel: it stays in the cache with its scratch (measured: 4 MB is 1.5x slower)."""
+
+
+def panel_rows(columns: int) -> int:
+    """Rows of B A that are multiplied at once, by the width of the matrix alone.
+
+    BLAS sums in an order that depends on how many rows it is given (OpenBLAS takes other kernels for few rows and
+    for edges). Panels at fixed places make the bits of a product independent of blocks and threads.
+    """
+    return max(16, PANEL_BYTES // (4 * max(columns, 1)))
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -44,11 +56,18 @@ class Delta:
         Args:
             weight: (rows of the block, columns), float32 or float64.
             start: the block's first row.
-            scratch: float32 or wider, of the block's shape; overwritten.
+            scratch: float32 or wider, at least (panel_rows, columns); overwritten.
         """
-        np.matmul(self.left[start : start + len(weight)], self.right, out=scratch)
-        np.multiply(scratch, np.asarray(self.scaling, dtype=scratch.dtype), out=scratch)
-        np.add(weight, scratch, out=weight)
+        step = panel_rows(weight.shape[1])
+        scaling = np.asarray(self.scaling, dtype=scratch.dtype)
+        for first in range(start // step * step, start + len(weight), step):
+            last = min(first + step, len(self.left))
+            product = scratch[: last - first]
+            np.matmul(self.left[first:last], self.right, out=product)
+            np.multiply(product, scaling, out=product)
+            begin, end = max(first, start), min(last, start + len(weight))
+            part = weight[begin - start : end - start]
+            np.add(part, product[begin - first : end - first], out=part)
 
 
 def row_norms(weight: Floats) -> Floats:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prolora_tools.core.fitting import METHODS, Method, Quality, Sample, choose_strides, fit_many
+from prolora_tools.core.fitting import METHODS, NO_MOMENTS, Method, Quality, fit_many
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.errors import RequestError, UnsupportedError
 from prolora_tools.files import config as adapter_config
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.adapter import Adapter, FactorSpec, write_adapter
 from prolora_tools.files.writer import check_target, staged
+from prolora_tools.operations.calibrate import Statistics
 from prolora_tools.operations.merge import cores, one_blas_thread
+from prolora_tools.operations.shapes import Shapes, chosen, detected, given, settle_strides
 from prolora_tools.operations.stats import module_budget
 from prolora_tools.progress import SILENT, Progress
 from prolora_tools.reports import CompressionReport, ModuleCompression
@@ -24,7 +26,7 @@ from prolora_tools.reports import CompressionReport, ModuleCompression
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from prolora_tools.core.fitting import AnyMatrix, SharedFactors
+    from prolora_tools.core.fitting import AnyMatrix, Pair, SharedFactors
 
 Strides = tuple[int, int] | Literal["official", "free"]
 
@@ -32,18 +34,19 @@ _WINDOW = 1 << 24
 """Numbers in the factors of the modules that are fitted ahead of the writing."""
 _BATCH = 1 << 21
 """Numbers in the factors of one batch of modules of one shape; batches run side by side."""
-_SAMPLES = 8
-"""Modules of a shared rank by which its strides are chosen."""
 
 
 def compress(
     adapter: str | Path,
     out: str | Path,
     *,
-    unshared: int,
-    chunks: tuple[int, int] | int,
+    unshared: int | None = None,
+    chunks: tuple[int, int] | int | None = None,
+    budget: int | None = None,
+    ratio: float | None = None,
     method: Method | None = None,
     strides: Strides | None = None,
+    statistics: Statistics | str | Path | None = None,
     max_error: float | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -52,8 +55,12 @@ def compress(
 ) -> CompressionReport:
     """Compress a trained LoRA adapter into a PRoLoRA adapter folder.
 
-    Every module keeps its own rank and scaling. Where a module's rank is below `unshared`, all its ranks stay
-    unshared. What is not a factor is passed through bit for bit. The errors count the rounding to `dtype` in.
+    The shape is given (`unshared` and `chunks`), chosen module by module under a `budget`, a `ratio` or, with
+    neither, a `max_error`; with none of them the adapter has to be an expanded PRoLoRA, and is taken back to it.
+
+    Every module keeps its own scaling, and, under a given shape, its rank; where that is below `unshared`, all its
+    ranks stay unshared. What is not a factor is passed through bit for bit. The errors count the rounding to `dtype`
+    in.
 
     Args:
         adapter: a LoRA folder.
@@ -64,7 +71,12 @@ def compress(
         strides: rank steps of A and of B; `official` is the rule of the paper's code; `free` chooses, for every
             shared rank in the adapter, the pair under which a fit is best. None is `official` for `average` and
             `align`, else `free`.
-        max_error: tolerance on the total relative error; it decides the report's `ok`, not what is written.
+        statistics: from `calibrate`, or the file they were saved in: errors are then measured, and `fit` works, in
+            the norm of what the model's layers see.
+        budget: parameters allowed in total, those beside the factors included.
+        ratio: the adapter's parameters over those allowed, such as 2 for half.
+        max_error: tolerance on the total relative error, in the norm of the statistics where there are any. It
+            decides the report's `ok`; it also decides the shapes where nothing else does.
         dtype: torch's name of the dtype to store; None keeps each module's.
         overwrite: replace `out` if it is a model folder.
         dry_run: read headers only and write nothing; the errors are None.
@@ -76,29 +88,95 @@ def compress(
         InputError: the adapter is missing or broken.
         OutputError: `out` is refused or cannot be written.
     """
-    chunks = (chunks, chunks) if isinstance(chunks, int) else chunks
     if method is not None and method not in METHODS:
         raise RequestError(
             "method-unknown",
             f"method is {method!r}, expected one of {', '.join(METHODS)}",
             hint="leave it out, and each module takes the one with the smallest error",
         )
+    mode = _mode(unshared, chunks, budget, ratio, max_error, dry_run=dry_run)
     stored_dtype = None if dtype is None else dtypes.parse(dtype)
     source = Adapter.open(Path(adapter))
     _refuse(source)
+    if isinstance(statistics, str | Path):
+        statistics = Statistics.open(Path(statistics))
     if strides is None:
         strides = "free" if method in {None, "fit"} else "official"
-    job = _Job(source, unshared, chunks, method, strides, stored_dtype)
+    job = _Job(source, method, statistics, stored_dtype)
+    if mode == "given":
+        assert unshared is not None
+        assert chunks is not None
+        pair = (chunks, chunks) if isinstance(chunks, int) else chunks
+        job.shapes = given(source, unshared, pair, (None, None) if isinstance(strides, str) else strides)
     target = Path(out)
+    check_target(target, [source.folder], overwrite=overwrite)
     if dry_run:
-        check_target(target, [source.folder], overwrite=overwrite)
         return job.report(None, max_error)
     progress.start("compress", len(source.modules), "modules")
     with staged(target, [source.folder], overwrite=overwrite) as stage, one_blas_thread():
-        job.settle_strides()
+        if mode == "detect":
+            job.shapes = detected(source)
+        elif mode == "choose":
+            job.shapes = chosen(source, job.moments, budget=_limit(source, budget, ratio), error=max_error)
+        if strides == "free" and mode != "detect":
+            settle_strides(source, job.shapes, job.moments)
+            if mode == "choose":
+                job.shapes.set_default()
         copied = {keys.renamed(t.name, prolora=True): t for t in source.other_tensors}
         write_adapter(stage, job.config(), job.specs(), job.fit, copied, progress)
-    return job.report(str(out), max_error)
+    return job.report(str(out), max_error, _limit(source, budget, ratio))
+
+
+def _mode(
+    unshared: int | None,
+    chunks: tuple[int, int] | int | None,
+    budget: int | None,
+    ratio: float | None,
+    max_error: float | None,
+    *,
+    dry_run: bool,
+) -> Literal["given", "choose", "detect"]:
+    """How the shapes come about.
+
+    Raises:
+        RequestError: the options contradict each other, or a number is out of its range.
+    """
+    shape, size = (unshared, chunks), (budget, ratio)
+    if (
+        (None in shape and shape != (None, None))
+        or None not in size
+        or (shape != (None, None) and size != (None, None))
+    ):
+        raise RequestError(
+            "compress-request",
+            "the shape is said by unshared and chunks together, or chosen by one of budget and ratio",
+            hint="give --unshared U --chunks M, or --budget N, or --ratio X",
+        )
+    if (budget is not None and budget < 1) or (ratio is not None and not ratio >= 1):
+        raise RequestError(
+            "compress-size",
+            f"budget is {budget} and ratio {ratio}, expected a budget of at least 1 or a ratio of at least 1",
+            hint="--ratio 2 leaves half of the parameters",
+        )
+    if shape != (None, None):
+        return "given"
+    if dry_run:
+        raise RequestError(
+            "compress-dry-run",
+            "a dry run reads no values, and without a shape they have to be read",
+            hint="give --unshared and --chunks, or leave --dry-run out",
+        )
+    return "detect" if size == (None, None) and max_error is None else "choose"
+
+
+def _limit(source: Adapter, budget: int | None, ratio: float | None) -> int | None:
+    """Parameters allowed for the factors: the budget counts what is beside them too."""
+    others = sum(t.items for t in source.other_tensors)
+    if budget is not None:
+        return budget - others
+    if ratio is not None:
+        return int((sum(m.parameters for m in source.modules.values()) + others) / ratio) - others
+    return None
 
 
 def _refuse(source: Adapter) -> None:
@@ -120,54 +198,18 @@ class _Job:
     """One compression. Modules are fitted a window ahead of the writing, those of one shape as a batch."""
 
     def __init__(
-        self,
-        source: Adapter,
-        unshared: int,
-        chunks: tuple[int, int],
-        method: Method | None,
-        strides: Strides,
-        dtype: str | None,
+        self, source: Adapter, method: Method | None, statistics: Statistics | None, dtype: str | None
     ) -> None:
-        self.source, self.unshared, self.chunks, self.method = source, unshared, chunks, method
-        self.free = strides == "free"
-        self.strides: tuple[int | None, int | None] = (None, None) if isinstance(strides, str) else strides
+        self.source, self.method, self.statistics = source, method, statistics
         self.dtypes = {path: dtype or module.dtype for path, module in source.modules.items()}
-        top = max(m.geometry.rank for m in source.modules.values())
-        Geometry(top, unshared, *chunks, *self.strides)  # raises where the request itself is out of range
-        self.geometries = {
-            path: Geometry(m.geometry.rank, min(unshared, m.geometry.rank), *chunks, *self.strides)
-            for path, m in source.modules.items()
-        }
+        self.shapes = Shapes({}, Geometry.lora(1))
         self.qualities: dict[str, Quality] = {}
         self.ready: dict[str, SharedFactors] = {}
 
-    def settle_strides(self) -> None:
-        """Choose the strides of every shared rank, by modules spread over the adapter."""
-        if not self.free:
-            return
-        by_rank: dict[int, list[str]] = defaultdict(list)
-        for path, geometry in self.geometries.items():
-            if not geometry.is_lora:
-                by_rank[geometry.shared].append(path)
-        with ThreadPoolExecutor(cores()) as pool:
-            chosen = list(pool.map(self._choose, by_rank.values()))
-        for paths, pair in zip(by_rank.values(), chosen, strict=True):
-            for path in paths:
-                geometry = self.geometries[path]
-                if pair != (geometry.a.stride, geometry.b.stride):
-                    self.geometries[path] = replace(geometry, stride_a=pair[0], stride_b=pair[1])
-        if len(set(chosen)) == 1 and by_rank:
-            first = self.geometries[next(iter(by_rank.values()))[0]]
-            self.strides = (first.stride_a, first.stride_b)
-
-    def _choose(self, paths: list[str]) -> tuple[int, int]:
-        samples = []
-        for number in range(min(_SAMPLES, len(paths))):
-            path = paths[number * len(paths) // min(_SAMPLES, len(paths))]
-            module = self.source.modules[path]
-            a, b = module.factors()
-            samples.append(Sample(a, b.T, self.geometries[path], module.scaling**2))
-        return choose_strides(samples)
+    @property
+    def geometries(self) -> dict[str, Geometry]:
+        """Every module's shape."""
+        return self.shapes.modules
 
     def specs(self) -> Iterator[FactorSpec]:
         """Every factor to write. The unshared ones keep kernel dims, and so tell the true dims (docs/format.md)."""
@@ -220,10 +262,27 @@ class _Job:
         def rounded(x: AnyMatrix) -> AnyMatrix:
             return dtypes.decode(dtypes.encode(x, dtype).tobytes(), dtype).reshape(x.shape)
 
-        pairs = [(a, b.T) for a, b in (self.source.modules[name].factors() for name in names)]
-        fitted = fit_many(pairs, self.geometries[names[0]], method=self.method, store=rounded)
+        pairs = [self._pair(name) for name in names]
+        moments = [self.moments(name) for name in names]
+        fitted = fit_many(pairs, self.geometries[names[0]], method=self.method, store=rounded, moments=moments)
         for name, (factors, quality) in zip(names, fitted, strict=True):
             self.ready[name], self.qualities[name] = factors, quality
+
+    def _pair(self, path: str) -> tuple[AnyMatrix, AnyMatrix]:
+        """A module's factors, rank-first, in the basis in which they are an expansion where they are one."""
+        a, b = self.source.modules[path].factors()
+        found = self.shapes.detected.get(path)
+        return (a, b.T) if found is None else found.restored(a, b.T)
+
+    def moments(self, path: str) -> Pair:
+        """The norm of a module: of inputs and of output gradients."""
+        if self.statistics is None:
+            return NO_MOMENTS
+        module = self.source.modules[path]
+        return (
+            self.statistics.moments(path, "input", module.in_features),
+            self.statistics.moments(path, "output", module.out_features),
+        )
 
     def config(self) -> dict[str, Any]:
         """adapter_config.json of the PRoLoRA adapter."""
@@ -231,36 +290,15 @@ class _Job:
             **self.source.config.common(),
             "peft_type": "PROLORA",
             "format_version": adapter_config.FORMAT_VERSION,
-            "unshared_r": self.unshared,
-            "chunks_A": self.chunks[0],
-            "chunks_B": self.chunks[1],
-            "stride_A": self.strides[0],
-            "stride_B": self.strides[1],
-            "rotate": True,
-            "unshared_pattern": {
-                f"^{path}": g.unshared for path, g in self.geometries.items() if g.unshared != self.unshared
-            },
-            **self.stride_patterns(),
+            **self.shapes.config(self.source),
         }
 
-    def stride_patterns(self) -> dict[str, dict[str, int]]:
-        """Strides of the modules that do not have the adapter's own, where there are any."""
-        patterns: dict[str, dict[str, int]] = {}
-        for number, name in enumerate(("stride_A", "stride_B")):
-            own = {}
-            for path, g in self.geometries.items():
-                asked = replace(g, stride_a=self.strides[0], stride_b=self.strides[1])
-                has, default = (((x.a.stride, x.b.stride)[number]) for x in (g, asked))
-                if g.shared and has != default:
-                    own[f"^{path}"] = has
-            if own:
-                patterns[f"{name}_pattern"] = own
-        return patterns
-
-    def report(self, output: str | None, max_error: float | None) -> CompressionReport:
+    def report(self, output: str | None, max_error: float | None, budget: int | None = None) -> CompressionReport:
         """The report; without the errors when nothing was fitted."""
         modules, source = [], self.source
+        calibrated = self.statistics is not None and bool(self.qualities)
         error = svd_error = norm = 0.0
+        weighed = [0.0, 0.0, 0.0]  # squares of the error, the SVD's and the whole, in the calibrated norm
         svd_parameters = 0
         for path, m in source.modules.items():
             geometry, dims = self.geometries[path], m.in_features + m.out_features
@@ -269,18 +307,26 @@ class _Job:
             svd_rank = min(parameters // dims, m.geometry.rank)
             svd_parameters += svd_rank * dims
             n_bytes = parameters * dtypes.ITEM_BITS[self.dtypes[path]] // 8
-            budget = module_budget(path, m.in_features, m.out_features, geometry, n_bytes=n_bytes)
+            counted = module_budget(path, m.in_features, m.out_features, geometry, n_bytes=n_bytes)
             if quality is not None:
                 error += (m.scaling * quality.error) ** 2
                 svd_error += (m.scaling * quality.svd_error) ** 2
                 norm += (m.scaling * quality.norm) ** 2
+                told = (quality.calibrated_error, quality.svd_calibrated_error, quality.calibrated_norm)
+                weighed = [w + (m.scaling * x) ** 2 for w, x in zip(weighed, told, strict=True)]
             modules.append(
                 ModuleCompression(
-                    **asdict(budget),
+                    **asdict(counted),
                     method=quality.method if quality else None,
                     relative_error=relative(quality.error, quality.norm) if quality else None,
                     svd_rank=svd_rank,
                     svd_relative_error=relative(quality.svd_error, quality.norm) if quality else None,
+                    calibrated_error=relative(quality.calibrated_error, quality.calibrated_norm)
+                    if quality and calibrated
+                    else None,
+                    svd_calibrated_error=relative(quality.svd_calibrated_error, quality.calibrated_norm)
+                    if quality and calibrated
+                    else None,
                 )
             )
         others, other_bytes = (sum(getattr(t, k) for t in source.other_tensors) for k in ("items", "n_bytes"))
@@ -296,6 +342,9 @@ class _Job:
             svd_relative_error=relative(math.sqrt(svd_error), math.sqrt(norm)) if self.qualities else None,
             svd_parameters=svd_parameters + others,
             max_error=max_error,
+            budget=None if budget is None else budget + others,
+            calibrated_error=relative(math.sqrt(weighed[0]), math.sqrt(weighed[2])) if calibrated else None,
+            svd_calibrated_error=relative(math.sqrt(weighed[1]), math.sqrt(weighed[2])) if calibrated else None,
             modules=tuple(modules),
             notes=source.notes,
         )

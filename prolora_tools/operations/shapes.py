@@ -1,0 +1,261 @@
+"""The geometry of every module of a compression: given, found in the factors, or chosen under a budget."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from prolora_tools.core.allocation import Point, allocate, candidates
+from prolora_tools.core.detection import Detection, detect
+from prolora_tools.core.fitting import Sample, choose_strides, fit_many
+from prolora_tools.core.geometry import Geometry
+from prolora_tools.errors import InputError, RequestError
+from prolora_tools.operations.merge import cores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from prolora_tools.core.fitting import Pair
+    from prolora_tools.files.adapter import Adapter, AdapterModule
+
+    MomentsOf = Callable[[str], Pair]
+
+EPS = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+"""Rounding units; what is stored in still fewer bits is taken for BF16."""
+_SAMPLES = 8
+"""Modules of a shared rank by which its strides are chosen."""
+_EVERY = 1 << 25
+"""Numbers in an adapter's factors up to which every module's error curve is measured; above, _TYPICAL of a kind."""
+_TYPICAL = 4
+
+
+@dataclass
+class Shapes:
+    """Geometries by module, and what the config says for all.
+
+    Attributes:
+        modules: path -> geometry.
+        default: the config's own values; its rank says nothing.
+        detected: path -> how the factors are put back, for modules that were found to be expansions.
+    """
+
+    modules: dict[str, Geometry]
+    default: Geometry
+    detected: dict[str, Detection] = field(default_factory=dict)
+
+    def set_default(self) -> None:
+        """Let the config say what most modules have, and give modules without shared ranks its chunks."""
+        sharing = Counter(_common(g) for g in self.modules.values() if g.shared)
+        if sharing:
+            most = max(sharing.values())
+            self.default = next(_common(g) for g in self.modules.values() if g.shared and sharing[_common(g)] == most)
+        for path, g in self.modules.items():
+            if not g.shared:
+                self.modules[path] = Geometry(g.rank, g.rank, self.default.chunks_a, self.default.chunks_b)
+
+    def config(self, source: Adapter) -> dict[str, Any]:
+        """The fields of adapter_config.json that tell the shapes; patterns only where modules differ."""
+        default = self.default
+        out: dict[str, Any] = {
+            "unshared_r": default.unshared,
+            "chunks_A": default.chunks_a,
+            "chunks_B": default.chunks_b,
+            "stride_A": default.stride_a,
+            "stride_B": default.stride_b,
+            "rotate": True,
+            "unshared_pattern": {},
+        }
+        for path, g in self.modules.items():
+            asked = replace(g, stride_a=default.stride_a, stride_b=default.stride_b)
+            values = {
+                "unshared": (g.unshared, default.unshared),
+                "chunks_A": (g.chunks_a, default.chunks_a),
+                "chunks_B": (g.chunks_b, default.chunks_b),
+                "stride_A": (g.a.stride, asked.a.stride) if g.shared else (0, 0),
+                "stride_B": (g.b.stride, asked.b.stride) if g.shared else (0, 0),
+            }
+            for name, (has, said) in values.items():
+                if has != said:
+                    out.setdefault(f"{name}_pattern", {})[f"^{path}"] = has
+        ranks = {path: g.rank for path, g in self.modules.items() if g.rank != source.modules[path].geometry.rank}
+        if ranks:  # the scaling of a module must stay what it was: alpha goes with the rank; the first match holds
+            power = 0.5 if source.config.use_rslora else 1.0
+            alphas = {f"^{p}": source.modules[p].scaling * rank**power for p, rank in ranks.items()}
+            out["rank_pattern"] = {f"^{p}": rank for p, rank in ranks.items()} | source.config.rank_pattern
+            out["alpha_pattern"] = alphas | source.config.alpha_pattern
+        return out
+
+
+def _common(g: Geometry) -> Geometry:
+    """A geometry without its rank, to count alike ones."""
+    return Geometry(10**9, g.unshared, g.chunks_a, g.chunks_b, g.stride_a, g.stride_b)
+
+
+def given(source: Adapter, unshared: int, chunks: tuple[int, int], strides: tuple[int | None, int | None]) -> Shapes:
+    """One shape for all, where a module's rank is below `unshared` all of it unshared.
+
+    Raises:
+        RequestError: a number is out of its range.
+    """
+    top = max(m.geometry.rank for m in source.modules.values())
+    Geometry(top, unshared, *chunks, *strides)  # raises where the request itself is out of range
+    modules = {
+        path: Geometry(m.geometry.rank, min(unshared, m.geometry.rank), *chunks, *strides)
+        for path, m in source.modules.items()
+    }
+    return Shapes(modules, Geometry(10**9, unshared, *chunks, *strides))
+
+
+def detected(source: Adapter) -> Shapes:
+    """The shapes that a LoRA was expanded from; modules that share nothing stay whole.
+
+    Raises:
+        InputError: no module is an expansion.
+    """
+    with ThreadPoolExecutor(cores()) as pool:
+        found = dict(zip(source.modules, pool.map(_detect, source.modules.values()), strict=True))
+    detections = {path: d for path, d in found.items() if d is not None}
+    if not detections:
+        raise InputError(
+            "compress-no-structure",
+            f"no module of {source.folder} is an expanded PRoLoRA, so the shape has to be said",
+            hint="give --unshared and --chunks, --budget, --ratio or --max-error",
+        )
+    modules = {
+        path: detections[path].geometry if path in detections else Geometry.lora(m.geometry.rank)
+        for path, m in source.modules.items()
+    }
+    shapes = Shapes(modules, Geometry.lora(1), detections)
+    shapes.set_default()
+    return shapes
+
+
+def _detect(module: AdapterModule) -> Detection | None:
+    a, b = module.factors()
+    return detect(a, b.T, EPS.get(module.dtype, EPS["BF16"]))
+
+
+def structure(source: Adapter) -> str | None:
+    """A note on a LoRA whose smallest module is an expanded PRoLoRA; None for any other adapter.
+
+    One module is read: what the others are, compress tells.
+    """
+    if source.config.prolora or source.dora:
+        return None
+    smallest = min(source.modules.values(), key=lambda m: m.parameters)
+    found = _detect(smallest)
+    if found is None:
+        return None
+    basis = "" if found.stored else ", its ranks permuted or re-scaled"
+    return (
+        f"{smallest.path} is an expanded PRoLoRA ({found.geometry}){basis}: "
+        f"prolora-tools compress {source.folder} -o OUT, without a shape, takes it back"
+    )
+
+
+def settle_strides(source: Adapter, shapes: Shapes, moments: MomentsOf) -> None:
+    """Choose the strides of every shared rank and number of chunks, by modules spread over the adapter."""
+    alike: dict[tuple[int, int, int], list[str]] = defaultdict(list)
+    for path, g in shapes.modules.items():
+        if not g.is_lora:
+            alike[g.shared, g.chunks_a, g.chunks_b].append(path)
+
+    def choose(paths: list[str]) -> tuple[int, int]:
+        samples = []
+        for number in range(min(_SAMPLES, len(paths))):
+            path = paths[number * len(paths) // min(_SAMPLES, len(paths))]
+            module = source.modules[path]
+            a, b = module.factors()
+            samples.append(Sample(a, b.T, shapes.modules[path], module.scaling**2, moments(path)))
+        return choose_strides(samples)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        chosen = list(pool.map(choose, alike.values()))
+    for paths, pair in zip(alike.values(), chosen, strict=True):
+        for path in paths:
+            g = shapes.modules[path]
+            if pair != (g.a.stride, g.b.stride):
+                shapes.modules[path] = replace(g, stride_a=pair[0], stride_b=pair[1])
+    if len(set(chosen)) == 1:
+        first = shapes.modules[next(iter(alike.values()))[0]]
+        shapes.default = replace(shapes.default, stride_a=first.stride_a, stride_b=first.stride_b)
+
+
+def chosen(source: Adapter, moments: MomentsOf, *, budget: int | None, error: float | None) -> Shapes:
+    """The shapes that leave the least error within `budget` parameters, or cost the fewest within relative `error`.
+
+    Raises:
+        RequestError: nothing is as small as the budget.
+    """
+    paths = list(source.modules)
+    curves, norm = _curves(source, moments)
+    points = allocate([curves[p] for p in paths], budget=budget, error=None if error is None else (error * norm) ** 2)
+    if points is None:
+        least = sum(min(p.parameters for p in curves[path]) for path in paths)
+        raise RequestError(
+            "compress-budget",
+            f"the smallest shapes take {least:,} parameters, and the budget leaves {budget:,} for the factors",
+            hint=f"give a budget of {least:,} or more, beside what is no factor",
+        )
+    shapes = Shapes({p: point.geometry for p, point in zip(paths, points, strict=True)}, Geometry.lora(1))
+    shapes.set_default()
+    return shapes
+
+
+def _curves(source: Adapter, moments: MomentsOf) -> tuple[dict[str, list[Point]], float]:
+    """Every module's error curve, scaling included, and the norm of all dW together in the same norm."""
+    kinds: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for path, m in source.modules.items():
+        kinds[path.rpartition(".")[2], m.in_features, m.out_features, m.geometry.rank].append(path)
+    small = sum(m.parameters for m in source.modules.values()) <= _EVERY
+    measured = [p for paths in kinds.values() for p in (paths if small else paths[:: max(len(paths) // _TYPICAL, 1)])]
+
+    def curve(path: str) -> tuple[list[Point], float]:
+        m = source.modules[path]
+        a, b = m.factors()
+        points, norm = [], 0.0
+        for geometry in candidates(m.geometry.rank, m.in_features, m.out_features):
+            quality = fit_many([(a, b.T)], geometry, moments=[moments(path)], quick=True)[0][1]
+            norm = (m.scaling * quality.calibrated_norm) ** 2
+            error = (m.scaling * quality.calibrated_error) ** 2
+            points.append(Point(geometry, geometry.parameters(m.in_features, m.out_features), error))
+        return points, norm
+
+    with ThreadPoolExecutor(cores()) as pool:
+        known = dict(zip(measured, pool.map(curve, measured), strict=True))
+    if small:
+        return {p: points for p, (points, _) in known.items()}, math.sqrt(sum(n for _, n in known.values()))
+    return _typical(source, kinds, known, moments)
+
+
+def _typical(
+    source: Adapter,
+    kinds: Mapping[tuple[Any, ...], list[str]],
+    known: Mapping[str, tuple[list[Point], float]],
+    moments: MomentsOf,
+) -> tuple[dict[str, list[Point]], float]:
+    """Curves of a kind's measured modules, in relative errors, scaled by every module's own norm."""
+    curves, total = {}, 0.0
+    for paths in kinds.values():
+        models = [known[p] for p in paths if p in known]
+        for path in paths:
+            m = source.modules[path]
+            a, b = m.factors()
+            quality = fit_many([(a, b.T)], Geometry.lora(m.geometry.rank), method="average", moments=[moments(path)])[
+                0
+            ][1]
+            norm = (m.scaling * quality.calibrated_norm) ** 2
+            total += norm
+            curves[path] = [
+                replace(
+                    same[0],
+                    error=norm
+                    * sum(p.error / n if n else 0.0 for p, (_, n) in zip(same, models, strict=True))
+                    / len(same),
+                )
+                for same in zip(*(points for points, _ in models), strict=True)
+            ]
+    return curves, math.sqrt(total)
