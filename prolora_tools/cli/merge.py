@@ -14,6 +14,7 @@ from prolora_tools.cli.options import DTYPES, shown, size, written
 @click.option("--dtype", type=DTYPES, help="Store all float tensors in this dtype, instead of the base's.")
 @click.option("--max-shard-size", type=size, metavar="SIZE", help="Split anew, such as 5GB; without it, as the base.")
 @click.option("--copy-code", is_flag=True, help="Carry the base's custom code (.py) along.")
+@click.option("--allow-nonfinite", is_flag=True, help="Write inf and nan that the base holds or the sum gives.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; one a core without it.")
 @shown
 def command(
@@ -27,6 +28,7 @@ def command(
     copy_code: bool,
     overwrite: bool,
     dry_run: bool,
+    allow_nonfinite: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -50,6 +52,7 @@ def command(
                 copy_code=copy_code,
                 overwrite=overwrite,
                 dry_run=dry_run,
+                allow_nonfinite=allow_nonfinite,
                 threads=threads,
                 progress=progress,
             )

@@ -112,3 +112,57 @@ def all_finite(carrier: npt.NDArray[Any], dtype: str) -> bool:
     if dtype == "BF16":
         return not bool(((carrier & np.uint16(0x7F80)) == np.uint16(0x7F80)).any())
     return bool(np.isfinite(carrier).all())
+
+
+_LARGEST = {"F64": 1.7976931348623157e308, "F32": 3.4028234663852886e38, "F16": 65504.0, "BF16": 3.3895313892515355e38}
+"""The largest finite number of each float dtype."""
+
+
+def decode_into(raw: npt.NDArray[np.uint8], dtype: str, out: Floats) -> Floats:
+    """`decode` without a new array: fills the flat `out`, or returns a view of `raw` where no bit changes."""
+    items = raw.view(_CARRIERS[dtype])
+    if items.dtype == out.dtype:
+        return items
+    if dtype == "BF16" and out.dtype == np.float32:
+        bits = out.view(np.uint32)
+        np.copyto(bits, items)
+        np.left_shift(bits, np.uint32(16), out=bits)
+    else:
+        np.copyto(out, decode(raw, dtype) if dtype == "BF16" else items)
+    return out
+
+
+def encode_into(
+    values: Floats, dtype: str, out: npt.NDArray[np.uint8], scratch: Floats
+) -> tuple[npt.NDArray[Any], bool]:
+    """`encode` without a new array, told apart by whether all of the result is finite.
+
+    Args:
+        values: flat float32 or float64.
+        dtype: of the result.
+        out: bytes for the result.
+        scratch: flat, of the length and dtype of `values`; overwritten.
+
+    Returns:
+        The carrier array, and whether it is finite throughout; it may be `values` itself.
+    """
+    most = _LARGEST[dtype]
+    if not (values.size and -most <= float(values.min()) and float(values.max()) <= most):
+        carrier = encode(values, dtype)  # nan, inf, or numbers that may become inf: rare, and may take their time
+        return carrier, all_finite(carrier, dtype)
+    carrier = out.view(_CARRIERS[dtype])
+    if carrier.dtype == values.dtype:
+        return values, True
+    if dtype == "BF16" and values.dtype == np.float32:
+        bits, rounded = values.view(np.uint32), scratch.view(np.uint32)
+        np.right_shift(bits, np.uint32(16), out=rounded)
+        np.bitwise_and(rounded, np.uint32(1), out=rounded)
+        np.add(rounded, np.uint32(0x7FFF), out=rounded)
+        np.add(rounded, bits, out=rounded)
+        np.right_shift(rounded, np.uint32(16), out=rounded)
+        np.copyto(carrier, rounded, casting="unsafe")
+    elif dtype == "BF16":
+        np.copyto(carrier, encode(values, dtype))
+    else:
+        np.copyto(carrier, values, casting="same_kind")
+    return carrier, True

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prolora_tools.core.merging import panel_rows
 from prolora_tools.errors import OutputError, RequestError
 from prolora_tools.files import dtypes
 from prolora_tools.files.adapter import Adapter
@@ -18,7 +19,8 @@ from prolora_tools.files.config import dump
 from prolora_tools.files.stream import Files, copy_span, reserve, start_writeback, write_at
 from prolora_tools.files.tensors import layout, reading
 from prolora_tools.files.writer import check_target, copy_file, staged, write_file
-from prolora_tools.operations.merge_plan import Blocks, MergePlan, OutputTensor, plan_merge
+from prolora_tools.operations.merge_blocks import Blocks
+from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, plan_merge
 from prolora_tools.progress import SILENT, Progress
 from prolora_tools.reports import MergeReport, ShardReport
 
@@ -48,6 +50,7 @@ def merge(
     copy_code: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    allow_nonfinite: bool = False,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> MergeReport:
@@ -65,6 +68,7 @@ def merge(
         copy_code: carry the base's `.py` files along too.
         overwrite: replace `out` if it is a model folder.
         dry_run: read headers only and write nothing.
+        allow_nonfinite: let inf and nan that the base holds, or that the sum gives, into the output.
         threads: None takes one a core.
         progress: told of bytes written.
 
@@ -100,7 +104,7 @@ def merge(
         )
     progress.start("merge", sum(s.n_bytes for s in shards), "bytes")
     with staged(target, inputs, overwrite=overwrite) as stage:
-        _write_shards(stage, shards, threads or cores(), progress)
+        _write_shards(stage, shards, threads or cores(), progress, allow_nonfinite=allow_nonfinite)
         if len(shards) > 1:
             write_file(stage / INDEX, dump(_index(shards, checkpoint)))
         write_file(stage / "config.json", dump(_config(checkpoint.config, plan, dtype)))
@@ -159,7 +163,9 @@ def _laid_out(name: str, tensors: dict[str, OutputTensor], base: Checkpoint) -> 
     return _Shard(name, tensors, header, spans)
 
 
-def _write_shards(stage: Path, shards: list[_Shard], threads: int, progress: Progress) -> None:
+def _write_shards(
+    stage: Path, shards: list[_Shard], threads: int, progress: Progress, *, allow_nonfinite: bool
+) -> None:
     """Write all shards, tensors shared out between threads; the first error stops them all."""
     stop = threading.Event()
     with Files() as files:
@@ -169,7 +175,7 @@ def _write_shards(stage: Path, shards: list[_Shard], threads: int, progress: Pro
                 outputs.append(os.open(stage / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
                 reserve(outputs[-1], shard.n_bytes)
                 write_at(outputs[-1], shard.header, 0)
-            writer = _Writer(files, stop, progress)
+            writer = _Writer(files, Blocks(files, allow_nonfinite=allow_nonfinite), stop, progress)
             with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
                 tasks = [pool.submit(task) for task in writer.tasks(shards, outputs)]
                 try:
@@ -190,9 +196,8 @@ def _write_shards(stage: Path, shards: list[_Shard], threads: int, progress: Pro
 class _Writer:
     """Makes the tasks that fill the output files."""
 
-    def __init__(self, files: Files, stop: threading.Event, progress: Progress) -> None:
-        self.files, self.stop, self.progress = files, stop, progress
-        self.blocks = Blocks(files)
+    def __init__(self, files: Files, blocks: Blocks, stop: threading.Event, progress: Progress) -> None:
+        self.files, self.blocks, self.stop, self.progress = files, blocks, stop, progress
 
     def tasks(self, shards: list[_Shard], outputs: list[int]) -> Iterator[Callable[[], None]]:
         """Tasks in turn from every shard, so that threads read and write different files."""
@@ -210,8 +215,9 @@ class _Writer:
                     yield _call(self.copy, tensor, output, at, offset, min(TASK_BYTES, size - offset))
                 continue
             rows, columns = tensor.matrix
-            step = max(1, TASK_BYTES // (columns * dtypes.ITEM_BITS[tensor.dtype] // 8 or 1))
-            if tensor.module is not None and tensor.module.dora and tensor.transposed:
+            panel = panel_rows(columns)
+            step = panel * max(1, TASK_BYTES // (panel * columns * dtypes.ITEM_BITS[tensor.dtype] // 8))
+            if tensor.transposed and any(update.module.dora for update in tensor.updates):
                 step = rows  # its norms need a pass over the whole weight, which is made once
             for start in range(0, rows, step):
                 yield _call(self.make, tensor, output, at, start, min(start + step, rows))

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from prolora_tools.core.merging import Delta, column_norms, row_norms
-from prolora_tools.errors import InputError, MismatchError, UnsupportedError
+from prolora_tools.errors import MismatchError, UnsupportedError
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.adapter import is_embedding
-from prolora_tools.files.tensors import check_finite
 from prolora_tools.operations.resolution import Resolution, missing, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import numpy.typing as npt
-
     from prolora_tools.files.adapter import Adapter, AdapterModule
     from prolora_tools.files.checkpoint import Checkpoint
-    from prolora_tools.files.dtypes import Floats
-    from prolora_tools.files.stream import Files
     from prolora_tools.files.tensors import StoredTensor
 
-BLOCK_BYTES = 1 << 20
-"""float32 bytes of a block of rows: it has to stay in the cache with its scratch (measured: 4 MB is 1.5x slower)."""
+
+@dataclass(frozen=True)
+class Update:
+    """A module's part in one tensor, and the weight of its adapter."""
+
+    module: AdapterModule
+    weight: float = 1.0
+
+    @property
+    def scaling(self) -> float:
+        """What its product, or its bias, is multiplied with."""
+        return self.module.scaling * self.weight
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class OutputTensor:
         name: its key in the output.
         dtype: its dtype in the output.
         source: the stored tensor it starts from, the base's or the adapter's own.
-        module: the module whose delta is added, None for none.
+        updates: the modules whose deltas are added, in this order.
         transposed: the weight is stored (in, out), as Conv1D and Embedding are.
-        bias: the module whose lora_bias, times its scaling, is added.
+        biases: the modules whose lora_bias, times its scaling, is added.
         tokens: rows to replace.
         replaced: whether `source` is the adapter's.
     """
@@ -56,9 +56,9 @@ class OutputTensor:
     name: str
     dtype: str
     source: StoredTensor
-    module: AdapterModule | None = None
+    updates: tuple[Update, ...] = ()
     transposed: bool = False
-    bias: AdapterModule | None = None
+    biases: tuple[Update, ...] = ()
     tokens: TokenRows | None = None
     replaced: bool = False
 
@@ -75,116 +75,17 @@ class OutputTensor:
     @property
     def changed(self) -> bool:
         """Whether the adapter has a part in it."""
-        return self.replaced or self.module is not None or self.bias is not None or self.tokens is not None
+        return self.replaced or bool(self.updates or self.biases) or self.tokens is not None
 
     @property
     def copied(self) -> bool:
         """Whether its bytes are the source's."""
-        return self.dtype == self.source.dtype and self.module is None and self.bias is None and self.tokens is None
+        return self.dtype == self.source.dtype and not self.updates and not self.biases and self.tokens is None
 
     @property
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) as it is walked: the first dim and the others, a vector as one column."""
         return (self.shape[0], self.source.items // self.shape[0]) if self.shape and self.shape[0] else (1, 1)
-
-
-class Blocks:
-    """Makes output tensors block by block. One per thread: it owns the buffers."""
-
-    def __init__(self, files: Files, block_bytes: int = BLOCK_BYTES) -> None:
-        self.files, self.block_bytes = files, block_bytes
-
-    def rows_of(self, tensor: OutputTensor) -> int:
-        """Rows in one block."""
-        return max(1, self.block_bytes // (4 * max(tensor.matrix[1], 1)))
-
-    def __call__(
-        self, tensor: OutputTensor, start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-        """The rows from `start` to `stop` of a tensor that is not a plain copy, as they are stored.
-
-        Yields:
-            (first row, carrier array (rows, columns) of the output dtype); the array is reused by the next step.
-
-        Raises:
-            InputError: the adapter or the result holds inf or nan.
-        """
-        rows, _ = tensor.matrix
-        made = self._made(tensor)
-        for at, weight in self._weights(tensor, made, start, rows if stop is None else stop):
-            carrier = dtypes.encode(weight, tensor.dtype)
-            if tensor.changed and not dtypes.all_finite(carrier, tensor.dtype):
-                bad = ~np.isfinite(dtypes.decode(carrier.tobytes(), tensor.dtype).reshape(weight.shape)).all(axis=1)
-                raise InputError(
-                    "merge-not-finite",
-                    f"{tensor.source.file}: {tensor.name!r} would hold inf or nan after the merge, first in row "
-                    f"{at + int(bad.argmax())}",
-                    hint="the base or the adapter's own weight holds such a value, or the sum overflows the dtype: "
-                    "try --dtype float32",
-                )
-            yield at, carrier
-
-    def _made(self, tensor: OutputTensor) -> _Parts:
-        """Read what the adapter gives to a tensor."""
-        delta = tokens = bias = magnitude = None
-        if (module := tensor.module) is not None:
-            a, b = module.factors()
-            delta = Delta.of(a, b, module.scaling, transposed=tensor.transposed)
-            if module.dora:
-                magnitude = module.read("magnitude").reshape(-1)
-        if tensor.bias is not None:
-            bias = tensor.bias.read("bias") * np.float32(tensor.bias.scaling)
-        if tensor.tokens is not None:
-            tokens = tensor.tokens.stored.read()
-            check_finite(tokens, tensor.tokens.stored)
-        parts = _Parts(delta, bias, tokens, magnitude)
-        if magnitude is None or not tensor.transposed:
-            return parts
-        # Stored (in, out), the norm of an output runs down a column: a pass of its own over the weight.
-        plain = replace(parts, magnitude=None)
-        walk = (weight for _, weight in self._weights(tensor, plain, 0, tensor.matrix[0]))
-        with np.errstate(all="ignore"):
-            return replace(parts, column_factor=magnitude / column_norms(walk, tensor.matrix[1]))
-
-    def _weights(self, tensor: OutputTensor, parts: _Parts, start: int, stop: int) -> Iterator[tuple[int, Floats]]:
-        """The block's values before rounding, float32 (float64 for an F64 source)."""
-        _, columns = tensor.matrix
-        step = self.rows_of(tensor)
-        source = tensor.source
-        row_bytes = columns * dtypes.ITEM_BITS[source.dtype] // 8
-        raw = np.empty(min(step, stop - start) * row_bytes, dtype=np.uint8)
-        wide = np.float64 if source.dtype == "F64" else np.float32
-        scratch = np.empty((min(step, stop - start), columns), dtype=wide)
-        replaced = {row: i for i, row in enumerate(tensor.tokens.indices)} if tensor.tokens else {}
-        for at in range(start, stop, step):
-            n = min(step, stop - at)
-            piece = raw[: n * row_bytes]
-            self.files.read_into(source, at * row_bytes, piece)
-            weight = dtypes.decode(piece.data, source.dtype).reshape(n, columns)
-            with np.errstate(all="ignore"):  # what is not finite is an error of its own, told by __call__
-                if parts.delta is not None:
-                    parts.delta.add_to(weight, at, scratch[:n])
-                if parts.column_factor is not None:
-                    weight *= parts.column_factor
-                elif parts.magnitude is not None:
-                    weight *= (parts.magnitude[at : at + n] / row_norms(weight))[:, None]
-                if parts.bias is not None:
-                    weight += parts.bias[at : at + n, None]
-            for row in range(at, at + n) if replaced else ():
-                if row in replaced and parts.tokens is not None:
-                    weight[row - at] = parts.tokens[replaced[row]]
-            yield at, weight
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What the adapter gives to one tensor, read."""
-
-    delta: Delta | None
-    bias: Floats | None
-    tokens: Floats | None
-    magnitude: Floats | None
-    column_factor: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -344,11 +245,11 @@ class _Planner:
         if module is not None and parameter == "weight":
             transposed = module.kind == "embedding" or path in self.resolution.conv1d
             self.check_delta(module, tensor.source, transposed=transposed)
-            tensor = replace(tensor, module=module, transposed=transposed)
+            tensor = replace(tensor, updates=(Update(module),), transposed=transposed)
         if module is not None and parameter == "bias" and "bias" in module.stored:
             if module.stored["bias"].shape != tensor.source.shape:
                 raise self.shape_error(name, module.stored["bias"].shape, stored.shape)
-            tensor = replace(tensor, bias=module)
+            tensor = replace(tensor, biases=(Update(module),))
         if parameter == "weight" and path in self.adapter.tokens:
             rows, indices = self.adapter.tokens[path], self.adapter.token_indices(path)
             if rows.shape[1:] != tensor.source.shape[1:]:
