@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 BASE = Path(__file__).parents[1] / "demo" / "models" / "llama-tiny-en"
 WINDOW = 64
 BATCH = 8
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SCALING = 2  # alpha / r of every method
 
 
