@@ -14,6 +14,9 @@ class Progress(Protocol):
     def advance(self, amount: int) -> None:
         """That many more units are done. May be called from any thread."""
 
+    def milestone(self, message: str) -> None:
+        """A part is done that is worth a line. May be called from any thread."""
+
 
 class Silent:
     """Tells nobody."""
@@ -22,6 +25,9 @@ class Silent:
         """Nothing."""
 
     def advance(self, amount: int) -> None:
+        """Nothing."""
+
+    def milestone(self, message: str) -> None:
         """Nothing."""
 
 

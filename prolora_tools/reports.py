@@ -301,6 +301,27 @@ class TensorProblem:
 
 
 @dataclass(frozen=True)
+class ManifestReport(Report):
+    """`verify --manifest`: whether a folder's files are those of its manifest.
+
+    Attributes:
+        files: files that the manifest names.
+        bytes: their size.
+        problems: files that are missing, changed or not named; `name` is the file's.
+    """
+
+    folder: str
+    files: int
+    bytes: int
+    problems: tuple[TensorProblem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+@dataclass(frozen=True)
 class VerifyReport(Report):
     """`verify`: whether a merged folder is base + adapter.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import click
 
 from prolora_tools.cli.options import DTYPES, shown, size, written
@@ -15,6 +17,8 @@ from prolora_tools.cli.options import DTYPES, shown, size, written
 @click.option("--max-shard-size", type=size, metavar="SIZE", help="Split anew, such as 5GB; without it, as the base.")
 @click.option("--copy-code", is_flag=True, help="Carry the base's custom code (.py) along.")
 @click.option("--allow-nonfinite", is_flag=True, help="Write inf and nan that the base holds or the sum gives.")
+@click.option("--manifest", is_flag=True, help="Write merge_manifest.json: size and sha256 of every file.")
+@click.option("--resume", is_flag=True, help="Keep finished shards of an interrupted run; implies --manifest.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; one a core without it.")
 @shown
 def command(
@@ -29,6 +33,8 @@ def command(
     overwrite: bool,
     dry_run: bool,
     allow_nonfinite: bool,
+    manifest: bool,
+    resume: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -42,6 +48,7 @@ def command(
     with sources.inputs(headers_only=dry_run, quiet=quiet) as inputs:
         adapter = inputs.folder(adapter)
         base = inputs.folder(base)
+        begin = time.perf_counter()
         with output.progress(quiet=quiet) as progress:
             report = merge(
                 adapter,
@@ -53,10 +60,18 @@ def command(
                 overwrite=overwrite,
                 dry_run=dry_run,
                 allow_nonfinite=allow_nonfinite,
+                manifest=manifest,
+                resume=resume,
                 threads=threads,
                 progress=progress,
             )
         report = inputs.named(report)
     if not dry_run:
+        seconds = time.perf_counter() - begin
         sources.write_card(out, report)
+        output.told(
+            f"{tables.size(report.bytes)} in {seconds:.1f} s ({tables.size(round(report.bytes / seconds))}/s): "
+            f"{report.merged_tensors:,} tensors merged, {report.copied_tensors + report.converted_tensors:,} copied",
+            quiet=quiet,
+        )
     return output.emit(report, tables.merged, as_json=as_json, quiet=quiet)

@@ -105,9 +105,33 @@ class _Rich:
         if self.bar is not None:
             self.bar.advance(self.bar.task_ids[0], amount)
 
+    def milestone(self, message: str) -> None:
+        """The bar tells enough."""
+
+
+class _Lines:
+    """Progress in a log: a line for each part that is done, as merge's shards are."""
+
+    def start(self, description: str, total: int, unit: str) -> None:
+        """Nothing yet is done."""
+
+    def advance(self, amount: int) -> None:
+        """Too little for a line."""
+
+    def milestone(self, message: str) -> None:
+        """Print it; one write, so that lines of several threads stay whole."""
+        sys.stderr.write(f"{_one_line(message)}\n")
+        sys.stderr.flush()
+
+
+def told(message: str, *, quiet: bool) -> None:
+    """A line on stderr about work that is done."""
+    if not quiet:
+        _Lines().milestone(message)
+
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Progress]:
-    """A progress bar on stderr where that is a terminal, and silence elsewhere."""
+    """A progress bar on stderr where that is a terminal, and lines elsewhere."""
     with ExitStack() as stack:
-        yield SILENT if quiet or not sys.stderr.isatty() else _Rich(stack)
+        yield SILENT if quiet else _Rich(stack) if sys.stderr.isatty() else _Lines()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ConversionReport,
         DifferenceReport,
         ExpansionReport,
+        ManifestReport,
         MergeReport,
         VerifyReport,
     )
@@ -270,6 +271,18 @@ def verified(report: VerifyReport, console: Console) -> None:
     if report.problems:
         console.print()
         table = _table("tensor", "problem", left=2)
+        for problem in report.problems:
+            table.add_row(problem.name, problem.problem)
+        console.print(table)
+
+
+def manifest(report: ManifestReport, console: Console) -> None:
+    """`verify --manifest`."""
+    facts = [("files", f"{report.files:,} ({size(report.bytes)})")]
+    _facts(console, f"{report.folder}: {'as its manifest says' if report.ok else 'NOT as its manifest says'}", facts)
+    if report.problems:
+        console.print()
+        table = _table("file", "problem", left=2)
         for problem in report.problems:
             table.add_row(problem.name, problem.problem)
         console.print(table)

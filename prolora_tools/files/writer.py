@@ -6,6 +6,8 @@ Nothing half-written is ever visible under its final name, and on any exception 
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
 import shutil
 from contextlib import contextmanager, suppress
@@ -22,6 +24,7 @@ TensorSpec = tuple[str, str, tuple[int, ...]]
 """Name, dtype and shape of a tensor to write."""
 
 STAGE = ".prolora-stage"
+ASIDE = "-replaced"
 
 
 def check_target(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
@@ -65,54 +68,135 @@ def _check_target(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None
 
 
 @contextmanager
-def staged(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> Iterator[Path]:
+def staged(out: Path, inputs: Iterable[Path], *, overwrite: bool, resume: bool = False) -> Iterator[Path]:
     """A new folder to write into; it becomes `out` when the block ends well and goes when it does not.
 
     The folder stands beside `out`, on the same file system. An existing `out` is replaced only after the new
-    folder is complete and synced; it is moved aside first, so it is back if the last rename fails.
+    folder is complete and synced; it is moved aside first, so it is back if the last rename fails. Stages that
+    killed processes left beside `out` go first: a stage is locked while its process lives.
 
     Args:
         out: the folder to make.
         inputs: folders that `out` must not touch.
         overwrite: allow replacing an existing model folder.
+        resume: begin with what a killed or failed process left, and leave what there is when this one fails.
 
     Raises:
         OutputError: the target is refused, or cannot be written.
     """
+    recover(out)
     check_target(out, inputs, overwrite=overwrite)
     target = out.absolute()
     stage = target.parent / f".{out.resolve().name}{STAGE}-{os.getpid()}"
     new_parents: list[Path] = []
+    lock: int | None = None
+    done = False
     try:
         with writing(out):
             new_parents += [p for p in target.parents if not p.exists()]
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(stage, ignore_errors=True)
-            stage.mkdir()
+            lock = _settle(stage, target, resume=resume)
             yield stage
             sync_folder(stage)
             _replace(stage, target)
             sync_folder(target.parent)
+            done = True
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if done or not resume:
+            shutil.rmtree(stage, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
         for parent in new_parents:  # innermost first; those that hold the finished folder are not empty
             with suppress(OSError):
                 parent.rmdir()
+
+
+def _settle(stage: Path, out: Path, *, resume: bool) -> int:
+    """Make `stage`, locked; of the stages of dead processes one is taken over under `resume`, the others go."""
+    found: int | None = None
+    for other in _stages(out):
+        lock = _lock(other)
+        if lock is None:
+            continue
+        if resume and found is None:
+            other.rename(stage)
+            found = lock
+        else:
+            shutil.rmtree(other, ignore_errors=True)
+            os.close(lock)
+    if found is not None:
+        return found
+    stage.mkdir()
+    return _lock(stage, own=True) or os.open(stage, os.O_RDONLY)
+
+
+def _stages(out: Path, *, aside: bool = False) -> list[Path]:
+    """The stages beside `out`, or the former outputs that were moved aside."""
+    out = out.resolve()
+    found = sorted(out.parent.glob(f"{glob.escape(f'.{out.name}{STAGE}-')}*"))
+    return [path for path in found if path.name.endswith(ASIDE) == aside and path.is_dir()]
+
+
+def _lock(folder: Path, *, own: bool = False) -> int | None:
+    """A descriptor that holds a folder's lock; None while another process holds it, or where it cannot be known."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None  # it has just become its output, or gone
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), folder.stat()):
+            return handle
+    except OSError:  # a live process, or a file system without locks
+        if own:
+            return handle
+    os.close(handle)
+    return None
+
+
+def abandoned_bytes(out: Path) -> int:
+    """Bytes on disk of the stages of dead processes, which the next `staged` removes or takes over."""
+    total = 0
+    for stage in _stages(out):
+        lock = _lock(stage)
+        if lock is not None:
+            total += sum(f.stat().st_blocks * 512 for f in stage.rglob("*") if f.is_file())
+            os.close(lock)
+    return total
+
+
+def recover(out: Path) -> None:
+    """Put back what a process that was killed between two renames had moved aside."""
+    for aside in _stages(out, aside=True):
+        lock = _lock(aside)
+        if lock is None:
+            continue
+        with suppress(OSError):
+            if out.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.rename(out)
+        os.close(lock)
 
 
 def _replace(stage: Path, out: Path) -> None:
     if not out.exists() or not any(out.iterdir()):
         stage.rename(out)
         return
-    aside = stage.with_name(f"{stage.name}-replaced")
+    aside = stage.with_name(f"{stage.name}{ASIDE}")
+    lock = _lock(out, own=True)
     try:
-        out.rename(aside)
-        stage.rename(out)
-    except BaseException:  # an interrupt between the two renames too
-        if aside.exists() and not out.exists():
-            aside.rename(out)
-        raise
-    shutil.rmtree(aside)
+        try:
+            out.rename(aside)
+            stage.rename(out)
+        except BaseException:  # an interrupt between the two renames too
+            if aside.exists() and not out.exists():
+                aside.rename(out)
+            raise
+        shutil.rmtree(aside)
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 @contextmanager

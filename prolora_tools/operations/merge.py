@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prolora_tools import __version__
 from prolora_tools.core.merging import panel_rows
 from prolora_tools.errors import OutputError, RequestError
 from prolora_tools.files import dtypes
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.checkpoint import INDEX, SINGLE, Checkpoint
-from prolora_tools.files.config import dump
+from prolora_tools.files.config import FILE, dump
 from prolora_tools.files.stream import Files, copy_span, reserve, start_writeback, write_at
 from prolora_tools.files.tensors import layout, reading
-from prolora_tools.files.writer import check_target, copy_file, staged, write_file
+from prolora_tools.files.writer import abandoned_bytes, check_target, copy_file, staged, write_file
+from prolora_tools.operations.manifest import Journal, digest
 from prolora_tools.operations.merge_blocks import Blocks
 from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, plan_merge
 from prolora_tools.progress import SILENT, Progress
@@ -51,6 +56,8 @@ def merge(
     overwrite: bool = False,
     dry_run: bool = False,
     allow_nonfinite: bool = False,
+    manifest: bool = False,
+    resume: bool = False,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> MergeReport:
@@ -69,6 +76,9 @@ def merge(
         overwrite: replace `out` if it is a model folder.
         dry_run: read headers only and write nothing.
         allow_nonfinite: let inf and nan that the base holds, or that the sum gives, into the output.
+        manifest: write merge_manifest.json: size and sha256 of every file, which `check_manifest` reads.
+        resume: keep the finished shards of a run that was killed or interrupted and whose inputs were the same,
+            each checked by its sha256, and leave this run's where it is interrupted. Implies `manifest`.
         threads: None takes one a core.
         progress: told of bytes written.
 
@@ -87,12 +97,12 @@ def merge(
         )
     opened, checkpoint = Adapter.open(Path(adapter)), Checkpoint.open(Path(base))
     plan = plan_merge(opened, checkpoint, None if dtype is None else dtypes.parse(dtype))
-    shards = _shards(plan, checkpoint, max_shard_size)
+    shards = all_shards = _shards(plan, checkpoint, max_shard_size)
     carried = _carried_files(checkpoint.folder, opened.folder, copy_code=copy_code)
     target, inputs = Path(out), [opened.folder, checkpoint.folder]
     check_target(target, inputs, overwrite=overwrite)
     size = sum(s.n_bytes for s in shards) + sum(f.stat().st_size for f in carried.values())
-    free = _free_bytes(target)
+    free = _free_bytes(target) + abandoned_bytes(target)
     report = _report(opened, checkpoint, plan, shards, carried, output=None if dry_run else str(out), free=free)
     if dry_run:
         return report
@@ -103,16 +113,39 @@ def merge(
             hint="free space there, choose another disk with -o OUT, or a smaller --dtype",
         )
     progress.start("merge", sum(s.n_bytes for s in shards), "bytes")
-    with staged(target, inputs, overwrite=overwrite) as stage:
-        _write_shards(stage, shards, threads or cores(), progress, allow_nonfinite=allow_nonfinite)
-        if len(shards) > 1:
-            write_file(stage / INDEX, dump(_index(shards, checkpoint)))
+    with staged(target, inputs, overwrite=overwrite, resume=resume) as stage:
+        journal = Journal(stage, _request(opened, checkpoint, shards, dtype)) if manifest or resume else None
+        if journal is not None:
+            for done in (s for s in shards if s.name in journal.finished):
+                progress.advance(done.n_bytes)
+            shards = [s for s in shards if s.name not in journal.finished]
+        _write_shards(stage, shards, threads or cores(), progress, journal, allow_nonfinite=allow_nonfinite)
+        if len(report.shards) > 1:
+            write_file(stage / INDEX, dump(_index(all_shards, checkpoint)))
         write_file(stage / "config.json", dump(_config(checkpoint.config, plan, dtype)))
         for name, source in carried.items():
             (stage / name).parent.mkdir(exist_ok=True)
             copy_file(source, stage / name)
         Checkpoint.open(stage)  # what we wrote must open
+        if journal is not None:
+            journal.finish()
     return report
+
+
+def _request(adapter: Adapter, base: Checkpoint, shards: list[_Shard], dtype: str | None) -> str:
+    """What a finished shard depends on: a run with another request keeps nothing of it."""
+    files = [base.folder / name for name in base.shards]
+    parts: list[object] = [
+        __version__,
+        dtype,
+        [(s.name, s.n_bytes, hashlib.sha256(s.header).hexdigest()) for s in shards],
+    ]
+    for folder, names in ((adapter.folder, [adapter.file, adapter.folder / FILE]), (base.folder, files)):
+        for path in names:
+            with reading(path):
+                stat = path.stat()
+            parts.append([str(folder.resolve()), path.name, stat.st_size, stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -164,7 +197,13 @@ def _laid_out(name: str, tensors: dict[str, OutputTensor], base: Checkpoint) -> 
 
 
 def _write_shards(
-    stage: Path, shards: list[_Shard], threads: int, progress: Progress, *, allow_nonfinite: bool
+    stage: Path,
+    shards: list[_Shard],
+    threads: int,
+    progress: Progress,
+    journal: Journal | None,
+    *,
+    allow_nonfinite: bool,
 ) -> None:
     """Write all shards, tensors shared out between threads; the first error stops them all."""
     stop = threading.Event()
@@ -175,15 +214,13 @@ def _write_shards(
                 outputs.append(os.open(stage / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
                 reserve(outputs[-1], shard.n_bytes)
                 write_at(outputs[-1], shard.header, 0)
-            writer = _Writer(files, Blocks(files, allow_nonfinite=allow_nonfinite), stop, progress)
+            writer = _Writer(files, Blocks(files, allow_nonfinite=allow_nonfinite), stop, progress, journal)
             with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
-                tasks = [pool.submit(task) for task in writer.tasks(shards, outputs)]
+                tasks = [pool.submit(task) for task in writer.tasks(shards, outputs, threads)]
                 try:
                     done, _ = wait(tasks, return_when=FIRST_EXCEPTION)
                     for task in done:
                         task.result()
-                    for sync in [pool.submit(os.fdatasync, output) for output in outputs]:
-                        sync.result()
                 finally:
                     stop.set()
                     for task in tasks:
@@ -196,16 +233,44 @@ def _write_shards(
 class _Writer:
     """Makes the tasks that fill the output files."""
 
-    def __init__(self, files: Files, blocks: Blocks, stop: threading.Event, progress: Progress) -> None:
-        self.files, self.blocks, self.stop, self.progress = files, blocks, stop, progress
+    def __init__(
+        self, files: Files, blocks: Blocks, stop: threading.Event, progress: Progress, journal: Journal | None
+    ) -> None:
+        self.files, self.blocks, self.stop, self.progress, self.journal = files, blocks, stop, progress, journal
+        self.lock, self.many = threading.Lock(), False
 
-    def tasks(self, shards: list[_Shard], outputs: list[int]) -> Iterator[Callable[[], None]]:
-        """Tasks in turn from every shard, so that threads read and write different files."""
-        queues = [list(self._shard_tasks(s, o)) for s, o in zip(shards, outputs, strict=True)]
-        for turn in range(max(map(len, queues), default=0)):
-            for queue in queues:
-                if turn < len(queue):
-                    yield queue[turn]
+    def tasks(self, shards: list[_Shard], outputs: list[int], threads: int) -> Iterator[Callable[[], None]]:
+        """Tasks in turn from as many shards as there are threads, so that each reads and writes another file."""
+        self.many = len(shards) > 1
+        pairs = list(zip(shards, outputs, strict=True))
+        for first in range(0, len(pairs), threads):
+            queues = [self._counted(s, o) for s, o in pairs[first : first + threads]]
+            for turn in zip_longest(*queues):
+                yield from (task for task in turn if task is not None)
+
+    def _counted(self, shard: _Shard, output: int) -> list[Callable[[], None]]:
+        """A shard's tasks, the last of which, whichever it is, also makes the file durable."""
+        tasks = list(self._shard_tasks(shard, output))
+        left = len(tasks) + 1
+
+        def run(task: Callable[[], None]) -> None:
+            nonlocal left
+            task()
+            with self.lock:
+                left -= 1
+                last = left == 0
+            if last and not self.stop.is_set():
+                self.finish(shard, output)
+
+        return [_call(run, task) for task in [*tasks, lambda: None]]
+
+    def finish(self, shard: _Shard, output: int) -> None:
+        """All of a shard is written."""
+        os.fdatasync(output)
+        if self.journal is not None:
+            self.journal.add(shard.name, shard.n_bytes, digest(output, self.stop))
+        if self.many:  # of one file, the line at the end tells all
+            self.progress.milestone(f"{shard.name}: {shard.n_bytes:,} bytes written")
 
     def _shard_tasks(self, shard: _Shard, output: int) -> Iterator[Callable[[], None]]:
         for name, tensor in shard.tensors.items():
@@ -232,7 +297,7 @@ class _Writer:
                 tensor.source.read_bytes()  # raises: the file has ended early
             done += got
             self.progress.advance(got)
-        start_writeback(output, at + offset, n_bytes)
+        self.written(output, at + offset, n_bytes)
 
     def make(self, tensor: OutputTensor, output: int, at: int, start: int, stop: int) -> None:
         """Compute and write rows `start` to `stop`."""
@@ -242,7 +307,12 @@ class _Writer:
                 return
             write_at(output, carrier.reshape(-1).view("u1").data, at + row * row_bytes)
             self.progress.advance(carrier.nbytes)
-        start_writeback(output, at + start * row_bytes, (stop - start) * row_bytes)
+        self.written(output, at + start * row_bytes, (stop - start) * row_bytes)
+
+    def written(self, output: int, offset: int, n_bytes: int) -> None:
+        """A span is done: let it go to the disk, unless it will be read once more for its hash."""
+        if self.journal is None:
+            start_writeback(output, offset, n_bytes)
 
 
 def _call(function: Callable[..., None], *arguments: Any) -> Callable[[], None]:

@@ -502,6 +502,10 @@ def operations() -> Iterator[Case]:
     scaled = adapter({"use_rslora": True}, half)
     yield Case("factor-overflow--uniform", "expand adapter -o OUT --uniform", scaled)
 
+    listed = {"OUT/merge_manifest.json": text({"files": {"../adapter": {"bytes": 1, "sha256": "00"}}})}
+    yield Case("manifest-invalid", "verify OUT --manifest", listed)
+    yield Case("manifest-invalid--no-files", "verify OUT --manifest", {"OUT/merge_manifest.json": text({})})
+
     yield Case("plan-one-of", "plan base", {"base/config.json": text(LLAMA)}, 2)
     yield Case("plan-one-of--two", "plan base --rank 2 --budget 5k", {"base/config.json": text(LLAMA)}, 2)
     yield Case("plan-number", "plan base --budget 0", {"base/config.json": text(LLAMA)}, 2)
