@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,16 +12,17 @@ from prolora_tools.cli.options import DTYPES, shown, written
 
 if TYPE_CHECKING:
     from prolora_tools.core.fitting import Method
+    from prolora_tools.operations.calibrate import Statistics
     from prolora_tools.operations.compress import Strides
 
 
 @click.command("compress")
 @click.argument("adapter")
 @written
-@click.option("--unshared", type=int, required=True, metavar="U", help="Ranks kept whole.")
-@click.option(
-    "--chunks", type=options.chunks, required=True, metavar="M[,N]", help="Chunks of A, and of B where it differs."
-)
+@click.option("--unshared", type=int, metavar="U", help="Ranks kept whole.")
+@click.option("--chunks", type=options.chunks, metavar="M[,N]", help="Chunks of A, and of B where it differs.")
+@click.option("--budget", type=options.count, metavar="N", help="Choose the shapes: at most N parameters, such as 5M.")
+@click.option("--ratio", type=float, metavar="X", help="Choose the shapes: the adapter's parameters over X.")
 @click.option(
     "--method",
     type=click.Choice(["average", "align", "fit"]),
@@ -34,19 +36,44 @@ if TYPE_CHECKING:
     help="Rank steps between copies of A and of B. free chooses those that fit best, and is the default but for "
     "average and align.",
 )
-@click.option("--max-error", type=click.FloatRange(min=0), metavar="E", help="Exit with 3 if the error is above E.")
+@click.option("--calibrate", "text", metavar="TEXT", help="Fit to what the layers see on this text (.txt or .jsonl).")
+@click.option("--base", metavar="BASE", help="The base model, for --calibrate.")
+@click.option("--calibrate-outputs", "outputs", is_flag=True, help="Weigh outputs by their gradients too; slower.")
+@click.option("--calibrate-tokens", "tokens", type=int, default=49152, show_default=True, metavar="N")
+@click.option("--calibrate-length", "length", type=int, default=256, show_default=True, metavar="N")
+@click.option("--calibrate-batch", "batch", type=int, default=8, show_default=True, metavar="N")
+@click.option("--device", default="cpu", show_default=True, help="Where --calibrate runs, such as cuda.")
+@click.option(
+    "--statistics", metavar="FILE", help="Save what --calibrate collects; without --calibrate, use what was saved."
+)
+@click.option(
+    "--max-error",
+    type=click.FloatRange(min=0),
+    metavar="E",
+    help="Exit with 3 if the error is above E. With no shape and no budget, choose the smallest shapes within E.",
+)
 @click.option("--dtype", type=DTYPES, help="Store factors in this dtype, instead of each module's own.")
 @shown
 def command(
     adapter: str,
     out: str,
-    unshared: int,
-    chunks: tuple[int, int],
+    unshared: int | None,
+    chunks: tuple[int, int] | None,
+    budget: int | None,
+    ratio: float | None,
     method: Method | None,
     strides: Strides | None,
+    text: str | None,
+    base: str | None,
+    tokens: int,
+    length: int,
+    batch: int,
+    device: str,
+    statistics: str | None,
     max_error: float | None,
     dtype: str | None,
     *,
+    outputs: bool,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -54,21 +81,47 @@ def command(
 ) -> int:
     """Compress a trained LoRA ADAPTER into a PRoLoRA adapter, and tell the error.
 
+    The shape is said by --unshared and --chunks, or chosen module by module by --budget, --ratio or --max-error. With
+    none of these the adapter has to be an expanded PRoLoRA, and is taken back to it without loss.
+
     The error is |dW - dW'| / |dW| in the Frobenius norm, beside that of the truncated SVD of the same size.
     """
+    if text is not None and base is None:
+        raise click.UsageError("--calibrate needs --base: the text runs through the model")
     from prolora_tools.cli import output, sources, tables  # noqa: PLC0415 - keeps --help light
     from prolora_tools.operations.compress import compress  # noqa: PLC0415
 
     with sources.inputs(headers_only=dry_run, quiet=quiet) as inputs:
         adapter = inputs.folder(adapter)
+        found: Statistics | str | None = statistics
+        if text is not None and base is not None and not dry_run:
+            from prolora_tools.operations.calibrate import calibrate  # noqa: PLC0415
+
+            with output.progress(quiet=quiet) as progress:
+                found = calibrate(
+                    adapter,
+                    base=inputs.folder(base),
+                    text=text,
+                    outputs=outputs,
+                    tokens=tokens,
+                    batch=batch,
+                    length=length,
+                    device=device,
+                    progress=progress,
+                )
+            if statistics is not None:
+                found.save(Path(statistics))
         with output.progress(quiet=quiet) as progress:
             report = compress(
                 adapter,
                 out,
                 unshared=unshared,
                 chunks=chunks,
+                budget=budget,
+                ratio=ratio,
                 method=method,
                 strides=strides,
+                statistics=None if dry_run else found,
                 max_error=max_error,
                 dtype=dtype,
                 overwrite=overwrite,

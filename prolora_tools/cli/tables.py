@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ExpansionReport,
         ManifestReport,
         MergeReport,
+        ModuleCompression,
         VerifyReport,
     )
 
@@ -143,7 +144,13 @@ def candidates(report: CandidatesReport, console: Console) -> None:
 
 def compression(report: CompressionReport, console: Console) -> None:
     """`compress`."""
-    wins = report.relative_error is not None and (report.svd_relative_error or 0.0) < report.relative_error
+    calibrated = report.calibrated_error is not None
+    told, svd_told = (
+        (report.calibrated_error, report.svd_calibrated_error)
+        if calibrated
+        else (report.relative_error, report.svd_relative_error)
+    )
+    wins = told is not None and (svd_told or 0.0) < told
     _facts(
         console,
         f"{report.source} -> {report.output or '(dry run, nothing written)'}",
@@ -155,6 +162,7 @@ def compression(report: CompressionReport, console: Console) -> None:
                     f"({report.parameters / report.source_parameters:.1%}, {size(report.bytes)})"
                 ),
             ),
+            ("allowed", f"{report.budget:,}" if report.budget is not None else ""),
             ("relative error of dW", error(report.relative_error) if report.relative_error is not None else ""),
             (
                 "truncated SVD, no larger",
@@ -162,6 +170,8 @@ def compression(report: CompressionReport, console: Console) -> None:
                 if report.svd_relative_error is not None
                 else "",
             ),
+            ("calibrated error", error(report.calibrated_error) if calibrated else ""),
+            ("calibrated SVD, no larger", error(report.svd_calibrated_error) if calibrated else ""),
             (
                 "tolerance",
                 f"{report.max_error:g}: {'met' if report.ok else 'NOT met'}" if report.max_error is not None else "",
@@ -171,18 +181,22 @@ def compression(report: CompressionReport, console: Console) -> None:
     if wins:
         console.print("  A plain LoRA of smaller rank keeps more of this adapter at this size.", style="yellow")
     console.print()
-    table = _table("type", "modules", "method", "parameters", "error", "worst", "SVD error", left=1)
+    table = _table("type", "modules", "shape", "method", "parameters", "error", "worst", "SVD error", left=1)
     groups: dict[str, list[int]] = {}
     for i, m in enumerate(report.modules):
         groups.setdefault(m.name.rpartition(".")[2], []).append(i)
     for name, members in groups.items():
         modules = [report.modules[i] for i in members]
-        errors = [m.relative_error for m in modules if m.relative_error is not None]
-        svd = [m.svd_relative_error for m in modules if m.svd_relative_error is not None]
+        pairs = [
+            (m.calibrated_error, m.svd_calibrated_error) if calibrated else (m.relative_error, m.svd_relative_error)
+            for m in modules
+        ]
+        errors, svd = ([x for x in column if x is not None] for column in zip(*pairs, strict=True))
         methods = sorted({m.method for m in modules if m.method})
         table.add_row(
             name,
             str(len(modules)),
+            _shape(modules),
             "+".join(methods) or "-",
             f"{sum(m.parameters for m in modules):,}",
             error(sum(errors) / len(errors) if errors else None),
@@ -191,7 +205,18 @@ def compression(report: CompressionReport, console: Console) -> None:
         )
     console.print(table)
     if report.relative_error is not None:
-        console.print("Errors by type are means over its modules; 1 is as bad as dropping dW.", style="dim")
+        console.print(
+            "Errors by type are means over its modules; 1 is as bad as dropping dW. Shapes are r/u/m,n.", style="dim"
+        )
+
+
+def _shape(modules: list[ModuleCompression]) -> str:
+    """The shape most modules of a type have, and how many others there are: 8/2/4,4 and 3 more."""
+    shapes = [
+        f"{m.rank}/{m.unshared}/{m.chunks_a},{m.chunks_b}" if m.rank > m.unshared else f"LoRA {m.rank}" for m in modules
+    ]
+    names = sorted(set(shapes), key=lambda name: (-shapes.count(name), name))
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def conversion(report: ConversionReport, console: Console) -> None:

@@ -32,7 +32,7 @@ TRIAL_ROUNDS = 6
 INNER = 6
 """Conjugate-gradient iterations a half step; each half step starts from the last iterate."""
 PATIENCE = 5
-TOLERANCE = 1e-4
+TOLERANCE = 3e-4
 _LARGEST_INVERSES = 1 << 25
 """Complex numbers in the preconditioner's inverses; above, one real matrix serves all frequencies."""
 

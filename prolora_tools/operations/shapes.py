@@ -211,21 +211,28 @@ def _curves(source: Adapter, moments: MomentsOf) -> tuple[dict[str, list[Point]]
     for path, m in source.modules.items():
         kinds[path.rpartition(".")[2], m.in_features, m.out_features, m.geometry.rank].append(path)
     small = sum(m.parameters for m in source.modules.values()) <= _EVERY
-    measured = [p for paths in kinds.values() for p in (paths if small else paths[:: max(len(paths) // _TYPICAL, 1)])]
+    measured = [paths if small else paths[:: max(len(paths) // _TYPICAL, 1)] for paths in kinds.values()]
 
-    def curve(path: str) -> tuple[list[Point], float]:
-        m = source.modules[path]
-        a, b = m.factors()
-        points, norm = [], 0.0
-        for geometry in candidates(m.geometry.rank, m.in_features, m.out_features):
-            quality = fit_many([(a, b.T)], geometry, moments=[moments(path)], quick=True)[0][1]
-            norm = (m.scaling * quality.calibrated_norm) ** 2
-            error = (m.scaling * quality.calibrated_error) ** 2
-            points.append(Point(geometry, geometry.parameters(m.in_features, m.out_features), error))
-        return points, norm
+    def measure(job: tuple[list[str], Geometry]) -> list[tuple[str, Point, float]]:
+        paths, geometry = job
+        modules = [source.modules[p] for p in paths]
+        pairs = [(a, b.T) for a, b in (m.factors() for m in modules)]
+        qualities = [q for _, q in fit_many(pairs, geometry, moments=[moments(p) for p in paths], quick=True)]
+        size = geometry.parameters(modules[0].in_features, modules[0].out_features)
+        return [
+            (p, Point(geometry, size, (m.scaling * q.calibrated_error) ** 2), (m.scaling * q.calibrated_norm) ** 2)
+            for p, m, q in zip(paths, modules, qualities, strict=True)
+        ]
 
+    jobs = []
+    for paths in measured:
+        m = source.modules[paths[0]]
+        jobs += [(paths, g) for g in candidates(m.geometry.rank, m.in_features, m.out_features)]
+    known: dict[str, tuple[list[Point], float]] = {p: ([], 0.0) for paths in measured for p in paths}
     with ThreadPoolExecutor(cores()) as pool:
-        known = dict(zip(measured, pool.map(curve, measured), strict=True))
+        for results in pool.map(measure, jobs):
+            for path, point, norm in results:
+                known[path] = [*known[path][0], point], norm
     if small:
         return {p: points for p, (points, _) in known.items()}, math.sqrt(sum(n for _, n in known.values()))
     return _typical(source, kinds, known, moments)

@@ -1,4 +1,4 @@
-"""Parameters and bytes of an adapter, from its headers alone."""
+"""Parameters and bytes of an adapter, from its headers; of a LoRA one module is read, for a note on its structure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prolora_tools.core.budget import LinearShape, lora_parameters, vera_parameters
+from prolora_tools.errors import InputError
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.checkpoint import Checkpoint
+from prolora_tools.operations.shapes import structure
 from prolora_tools.reports import BudgetReport, Comparison, Group, ModuleBudget
 
 if TYPE_CHECKING:
@@ -44,8 +46,17 @@ def stats(adapter: str | Path, *, base: str | Path | None = None) -> BudgetRepor
         other_parameters=sum(t.items for t in others),
         other_bytes=sum(t.n_bytes for t in others),
         base_parameters=base_parameters,
-        notes=opened.notes,
+        notes=(*opened.notes, *_structure(opened)),
     )
+
+
+def _structure(adapter: Adapter) -> list[str]:
+    """Whether a LoRA is an expanded PRoLoRA, by the values of its smallest module."""
+    try:
+        note = structure(adapter)
+    except InputError:  # values that cannot be read are no matter of counts; the commands that need them tell
+        return []
+    return [note] if note else []
 
 
 def module_budget(name: str, in_features: int, out_features: int, geometry: Geometry, *, n_bytes: int) -> ModuleBudget:
