@@ -120,7 +120,7 @@ def merge(
                 progress.advance(done.n_bytes)
             shards = [s for s in shards if s.name not in journal.finished]
         _write_shards(stage, shards, threads or cores(), progress, journal, allow_nonfinite=allow_nonfinite)
-        if len(report.shards) > 1:
+        if [s.name for s in all_shards] != [SINGLE]:
             write_file(stage / INDEX, dump(_index(all_shards, checkpoint)))
         write_file(stage / "config.json", dump(_config(checkpoint.config, plan, dtype)))
         for name, source in carried.items():

@@ -156,6 +156,21 @@ def test_the_manifest_tells_every_change(inputs: tuple[Path, Path], tmp_path: Pa
     assert run(["verify", str(out), "--manifest", "--base", str(base), "-q"]) == 2
 
 
+def test_one_shard_of_an_index_keeps_its_index(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its name is not model.safetensors, so that nothing would find it without."""
+    base, adapter = inputs
+    tensors = tensors_of(base)
+    for file in base.glob("*.safetensors"):
+        file.unlink()
+    one = "model-00001-of-00001.safetensors"
+    save_file(tensors, base / one)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, one)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    merge(adapter, tmp_path / "out", base=base)
+    found = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert found["weight_map"] == index["weight_map"]
+
+
 def test_manifests_are_reproducible(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     for name in ("a", "b"):

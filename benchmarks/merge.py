@@ -1,0 +1,238 @@
+"""Merge against a copy: wall time until the bytes are on the disk, and memory the process owns.
+
+Makes a random Llama checkpoint with a LoRA on every linear layer, compresses the LoRA, and runs each way in turn:
+cp, a copy through safetensors, PEFT, and this package with its variants. Prints JSON with ratios to cp (median,
+least, most over the rounds) and peak anonymous memory, at one size and at `--grow` times as many layers.
+
+    python benchmarks/merge.py WORK --rounds 5 > merge.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prolora_tools.files.dtypes import NAMES, encode
+from prolora_tools.files.writer import write_safetensors
+
+HIDDEN, INNER, HEADS, KV_HEADS, VOCAB, RANK = 2048, 8192, 32, 8, 32000, 16
+KV = HIDDEN // HEADS * KV_HEADS
+LINEAR = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KV, HIDDEN), "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INNER),
+}  # fmt: skip
+PYTHON = sys.executable
+
+SAFETENSORS_COPY = """
+import pathlib, shutil, sys
+from safetensors.torch import load_file, save_file
+source, out = map(pathlib.Path, sys.argv[1:])
+out.mkdir()
+for path in source.iterdir():
+    if path.suffix != ".safetensors":
+        shutil.copy(path, out)
+        continue
+    save_file(load_file(path), out / path.name, metadata={"format": "pt"})
+"""
+PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out, max_shard_size="1GB")
+"""
+
+
+def make(folder: Path, layers: int, dtype: str) -> int:
+    """A base in shards of about 1 GB and its adapter, unless they are there. Returns the base's bytes."""
+    base, adapter = folder / "base", folder / "adapter"
+    if (adapter / "adapter_config.json").is_file():
+        return sum(f.stat().st_size for f in base.iterdir())
+    stored = NAMES[dtype]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "lm_head.weight": (VOCAB, HIDDEN),
+    }
+    shapes["model.norm.weight"] = (HIDDEN,)
+    for layer in range(layers):
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in LINEAR.items()}
+        shapes |= {f"model.layers.{layer}.{n}_layernorm.weight": (HIDDEN,) for n in ("input", "post_attention")}
+    noise = np.random.default_rng(0).standard_normal(1 << 24).astype(np.float32) * np.float32(0.02)
+
+    def numbers(name: str) -> bytes:
+        items = int(np.prod((shapes | factors)[name]))
+        start = sum(name.encode()) * 7919 % len(noise)
+        return encode(np.resize(np.roll(noise, start), items), "F32" if name in factors else stored).tobytes()
+
+    factors: dict[str, tuple[int, ...]] = {}
+    for layer in range(layers):
+        for name, (rows, columns) in LINEAR.items():
+            path = f"base_model.model.model.layers.{layer}.{name}"
+            factors |= {f"{path}.lora_A.weight": (RANK, columns), f"{path}.lora_B.weight": (rows, RANK)}
+    base.mkdir(parents=True)
+    adapter.mkdir()
+    groups: list[list[str]] = [[]]
+    size = 0
+    item = {"F32": 4}.get(stored, 2)
+    for name, shape in shapes.items():
+        n_bytes = item * int(np.prod(shape))
+        if size + n_bytes > 1_000_000_000:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += n_bytes
+    weight_map: dict[str, str] = {}
+    total = 0
+    for i, names in enumerate(groups, 1):
+        file = f"model-{i:05}-of-{len(groups):05}.safetensors"
+        total += write_safetensors(base / file, [(n, stored, shapes[n]) for n in names], numbers)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "vocab_size": VOCAB,
+        "intermediate_size": INNER, "num_hidden_layers": layers, "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS, "tie_word_embeddings": False, "dtype": dtype,
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(config))
+    write_safetensors(adapter / "adapter_model.safetensors", [(n, "F32", s) for n, s in factors.items()], numbers)
+    targets = sorted(name.rpartition(".")[2] for name in LINEAR)
+    lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 32, "target_modules": targets}
+    (adapter / "adapter_config.json").write_text(json.dumps(lora))
+    return sum(f.stat().st_size for f in base.iterdir())
+
+
+def measured(command: list[str], out: Path) -> dict[str, float]:
+    """Run a command, sync, and remove its output.
+
+    Returns:
+        `wall` s, `durable` s with the sync, `anonymous` MB at its peak (sampled), `others` CPU s of the machine.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    busy, begin = busy_seconds(), time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak, over = 0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not over.wait(0.02):
+            try:
+                status = Path(f"/proc/{child.pid}/status").read_text()
+            except OSError:
+                return
+            peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    error = child.stderr.read() if child.stderr else b""
+    _, status, usage = os.wait4(child.pid, 0)
+    wall = time.perf_counter() - begin
+    over.set()
+    sampler.join()
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"{command}: {error.decode()}")
+    os.sync()
+    durable = time.perf_counter() - begin
+    own = usage.ru_utime + usage.ru_stime
+    shutil.rmtree(out, ignore_errors=True)
+    return {
+        "wall": wall, "durable": durable, "anonymous": peak * 1024 / 1e6, "cpu": own,
+        "others": max(0.0, busy_seconds() - busy - own),
+    }  # fmt: skip
+
+
+def busy_seconds() -> float:
+    """CPU seconds that the machine has spent, idle and waiting left out."""
+    ticks = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def ways(folder: Path, *, peft: bool) -> dict[str, list[str]]:
+    """The commands to compare, by name; OUT stands last or after -o."""
+    base, lora, prolora, out = (str(folder / n) for n in ("base", "adapter", "prolora", "out"))
+
+    def ours(adapter: str, *options: str) -> list[str]:
+        return [PYTHON, "-m", "prolora_tools", "merge", adapter, "--base", base, "-o", out, "-q", *options]
+
+    found = {
+        "cp -r": ["cp", "-r", base, out],
+        "merge LoRA": ours(lora),
+        "merge PRoLoRA": ours(prolora),
+        "merge LoRA --resume": ours(lora, "--resume"),
+        "merge LoRA --dtype float16": ours(lora, "--dtype", "float16"),
+        "merge LoRA --max-shard-size 500MB": ours(lora, "--max-shard-size", "500MB"),
+        "safetensors load and save": [PYTHON, "-c", SAFETENSORS_COPY, base, out],
+    }
+    if peft:
+        found["PEFT merge_and_unload"] = [PYTHON, "-c", PEFT, base, lora, out]
+    return found
+
+
+def compare(folder: Path, commands: dict[str, list[str]], rounds: int) -> dict[str, Any]:
+    """Every command in turn, round by round; each round's times over that round's cp."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    for number in range(rounds):
+        for name, command in commands.items():
+            runs[name].append(measured(command, folder / "out"))
+            sys.stderr.write(f"{number + 1}/{rounds} {name}: {runs[name][-1]['durable']:.1f} s\n")
+    result = {}
+    for name, found in runs.items():
+        ratios = [r["durable"] / c["durable"] for r, c in zip(found, runs["cp -r"], strict=True)]
+        result[name] = {
+            "durable_s": [round(r["durable"], 2) for r in found],
+            "cpu_s": round(statistics.median(r["cpu"] for r in found), 2),
+            "others_cpu_s": round(statistics.median(r["others"] for r in found), 2),
+            "anonymous_mb": round(max(r["anonymous"] for r in found), 1),
+            "to_cp": {
+                "median": round(statistics.median(ratios), 2),
+                "min": round(min(ratios), 2),
+                "max": round(max(ratios), 2),
+            },
+        }  # fmt: skip
+    return result
+
+
+def main() -> None:
+    """Make, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--grow", type=int, default=4, help="also merge so many times the layers; 1 for not")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--no-peft", action="store_true")
+    given = parser.parse_args()
+    report: dict[str, Any] = {"dtype": given.dtype, "rounds": given.rounds, "cores": os.cpu_count(), "sizes": []}
+    for times in sorted({1, given.grow}):
+        folder = given.work / f"{given.dtype}-{given.layers * times}"
+        n_bytes = make(folder, given.layers * times, given.dtype)
+        if not (folder / "prolora").is_dir():
+            command = ["compress", str(folder / "adapter"), "-o", str(folder / "prolora"), "--unshared", "4"]
+            subprocess.run(
+                [PYTHON, "-m", "prolora_tools", *command, "--chunks", "2", "-q"], check=True, stdout=subprocess.DEVNULL
+            )
+        commands = ways(folder, peft=not given.no_peft and times == 1)
+        if times > 1:
+            commands = {name: commands[name] for name in ("cp -r", "merge LoRA", "merge PRoLoRA")}
+        rounds = given.rounds if times == 1 else 1
+        report["sizes"].append({"bytes": n_bytes, "ways": compare(folder, commands, rounds)})
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
