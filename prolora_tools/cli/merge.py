@@ -13,6 +13,11 @@ from prolora_tools.cli.options import DTYPES, shown, size, written
 @click.argument("adapter")
 @click.option("--base", required=True, metavar="BASE", help="The base model's folder.")
 @written
+@click.option("--adapter", "more", multiple=True, metavar="ADAPTER", help="A further adapter; may be repeated.")
+@click.option(
+    "--weight", "weights", multiple=True, type=float, help="Of each adapter in turn, ADAPTER's first; or none."
+)
+@click.option("--scale", type=float, default=1.0, show_default=True, help="Multiplies every adapter's delta.")
 @click.option("--dtype", type=DTYPES, help="Store all float tensors in this dtype, instead of the base's.")
 @click.option("--max-shard-size", type=size, metavar="SIZE", help="Split anew, such as 5GB; without it, as the base.")
 @click.option("--copy-code", is_flag=True, help="Carry the base's custom code (.py) along.")
@@ -25,6 +30,9 @@ def command(
     adapter: str,
     base: str,
     out: str,
+    more: tuple[str, ...],
+    weights: tuple[float, ...],
+    scale: float,
     dtype: str | None,
     max_shard_size: int | None,
     threads: int | None,
@@ -54,6 +62,9 @@ def command(
                 adapter,
                 out,
                 base=base,
+                more=[inputs.folder(other) for other in more],
+                weights=weights,
+                scale=scale,
                 dtype=dtype,
                 max_shard_size=max_shard_size,
                 copy_code=copy_code,

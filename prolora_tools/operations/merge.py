@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -25,12 +26,12 @@ from prolora_tools.files.tensors import layout, reading
 from prolora_tools.files.writer import abandoned_bytes, check_target, copy_file, staged, write_file
 from prolora_tools.operations.manifest import Journal, digest
 from prolora_tools.operations.merge_blocks import Blocks
-from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, plan_merge
+from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, combine, plan_merge
 from prolora_tools.progress import SILENT, Progress
 from prolora_tools.reports import MergeReport, ShardReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
 CARRIED = (
@@ -50,6 +51,9 @@ def merge(
     out: str | Path,
     *,
     base: str | Path,
+    more: Sequence[str | Path] = (),
+    weights: Sequence[float] = (),
+    scale: float = 1.0,
     dtype: str | None = None,
     max_shard_size: int | None = None,
     copy_code: bool = False,
@@ -70,6 +74,9 @@ def merge(
         adapter: the adapter's folder.
         out: the folder to write.
         base: the base model's folder, safetensors in one file or with an index.
+        more: folders of further adapters, merged in the same pass.
+        weights: what each adapter's deltas are multiplied with, the first adapter's first; none for 1 each.
+        scale: what all of them are multiplied with besides.
         dtype: torch's name of the output dtype; None keeps each tensor's.
         max_shard_size: bytes a shard may have; None keeps the base's files.
         copy_code: carry the base's `.py` files along too.
@@ -95,15 +102,24 @@ def merge(
             f"the shard size is {max_shard_size}, expected at least 1 byte",
             hint="for example --max-shard-size 5GB",
         )
-    opened, checkpoint = Adapter.open(Path(adapter)), Checkpoint.open(Path(base))
-    plan = plan_merge(opened, checkpoint, None if dtype is None else dtypes.parse(dtype))
+    weights = list(weights) or [1.0] * (1 + len(more))
+    if len(weights) != 1 + len(more) or not all(map(math.isfinite, (scale, *weights))):
+        raise RequestError(
+            "merge-weights",
+            f"{len(weights)} weights, scale {scale:g}, for {1 + len(more)} adapters: expected a finite number for each",
+            hint="give --weight once an adapter, in their order, or not at all",
+        )
+    adapters, checkpoint = [Adapter.open(Path(a)) for a in (adapter, *more)], Checkpoint.open(Path(base))
+    opened, wanted = adapters[0], None if dtype is None else dtypes.parse(dtype)
+    weights = [scale * weight for weight in weights]
+    plan = combine([plan_merge(a, checkpoint, wanted) for a in adapters], adapters, weights)
     shards = all_shards = _shards(plan, checkpoint, max_shard_size)
     carried = _carried_files(checkpoint.folder, opened.folder, copy_code=copy_code)
-    target, inputs = Path(out), [opened.folder, checkpoint.folder]
+    target, inputs = Path(out), [*(a.folder for a in adapters), checkpoint.folder]
     check_target(target, inputs, overwrite=overwrite)
     size = sum(s.n_bytes for s in shards) + sum(f.stat().st_size for f in carried.values())
     free = _free_bytes(target) + abandoned_bytes(target)
-    report = _report(opened, checkpoint, plan, shards, carried, output=None if dry_run else str(out), free=free)
+    report = _report(adapters, checkpoint, plan, shards, carried, output=None if dry_run else str(out), free=free)
     if dry_run:
         return report
     if size > free:
@@ -114,7 +130,7 @@ def merge(
         )
     progress.start("merge", sum(s.n_bytes for s in shards), "bytes")
     with staged(target, inputs, overwrite=overwrite, resume=resume) as stage:
-        journal = Journal(stage, _request(opened, checkpoint, shards, dtype)) if manifest or resume else None
+        journal = Journal(stage, _request(adapters, weights, checkpoint, shards, dtype)) if manifest or resume else None
         if journal is not None:
             for done in (s for s in shards if s.name in journal.finished):
                 progress.advance(done.n_bytes)
@@ -132,15 +148,18 @@ def merge(
     return report
 
 
-def _request(adapter: Adapter, base: Checkpoint, shards: list[_Shard], dtype: str | None) -> str:
+def _request(
+    adapters: list[Adapter], weights: Sequence[float], base: Checkpoint, shards: list[_Shard], dtype: str | None
+) -> str:
     """What a finished shard depends on: a run with another request keeps nothing of it."""
     files = [base.folder / name for name in base.shards]
     parts: list[object] = [
         __version__,
         dtype,
+        list(weights),
         [(s.name, s.n_bytes, hashlib.sha256(s.header).hexdigest()) for s in shards],
     ]
-    for folder, names in ((adapter.folder, [adapter.file, adapter.folder / FILE]), (base.folder, files)):
+    for folder, names in (*((a.folder, [a.file, a.folder / FILE]) for a in adapters), (base.folder, files)):
         for path in names:
             with reading(path):
                 stat = path.stat()
@@ -387,7 +406,7 @@ def _carried_files(base: Path, adapter: Path, *, copy_code: bool) -> dict[str, P
 
 
 def _report(
-    adapter: Adapter,
+    adapters: list[Adapter],
     base: Checkpoint,
     plan: MergePlan,
     shards: list[_Shard],
@@ -397,12 +416,12 @@ def _report(
     free: int,
 ) -> MergeReport:
     tensors = list(plan.tensors.values())
-    notes = list(adapter.notes)
+    notes = [note for adapter in adapters for note in adapter.notes]
     if "auto_map" in base.config and not any(name.endswith(".py") for name in carried):
         notes.append("config.json names custom code (auto_map) that was not carried along; --copy-code does")
     dtypes_out = {t.dtype for t in tensors if t.changed}
     return MergeReport(
-        adapter=str(adapter.folder),
+        adapter=" + ".join(str(a.folder) for a in adapters),
         base=str(base.folder),
         output=output,
         parameters=sum(t.source.items for t in tensors),

@@ -12,6 +12,8 @@ from prolora_tools.files.adapter import is_embedding
 from prolora_tools.operations.resolution import Resolution, missing, resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from prolora_tools.files.adapter import Adapter, AdapterModule
     from prolora_tools.files.checkpoint import Checkpoint
     from prolora_tools.files.tensors import StoredTensor
@@ -131,6 +133,77 @@ def plan_merge(adapter: Adapter, base: Checkpoint, dtype: str | None) -> MergePl
         tensors = {k: replace(t, dtype=dtype) if t.dtype in dtypes.FLOATS else t for k, t in tensors.items()}
     sizes = changes.vocabulary()
     return MergePlan(tensors, new, changes.untied, *sizes)
+
+
+def combine(plans: Sequence[MergePlan], adapters: Sequence[Adapter], weights: Sequence[float]) -> MergePlan:
+    """One plan of several adapters' plans for one base and dtype: W + weight * scaling * (B A) of each, in order.
+
+    Args:
+        plans: what each adapter does alone.
+        adapters: the adapters, for messages.
+        weights: what each adapter's deltas are multiplied with.
+
+    Raises:
+        MismatchError: two adapters change one tensor in ways that have no sum.
+        UnsupportedError: a weight other than 1 for an adapter that does more than add.
+    """
+    tensors: dict[str, OutputTensor] = {}
+    owners: dict[str, int] = {}
+    for i, (plan, weight) in enumerate(zip(plans, weights, strict=True)):
+        for key, tensor in plan.tensors.items():
+            if tensor.changed and weight != 1 and not _additive(tensor):
+                raise UnsupportedError(
+                    "merge-weight",
+                    f"the adapter {adapters[i].folder} replaces {key!r} or its norms, which has no {weight:g} times",
+                    hint="give it the weight 1, or leave it out",
+                )
+            held, added = tensors.get(key), _weighted(tensor, weight)
+            if held is None or not held.changed:
+                tensors[key] = added
+            elif added.changed:
+                if not (_additive(held) and _additive(added) and held.transposed == added.transposed):
+                    raise _conflict(key, adapters[owners[key]], adapters[i])
+                updates, biases = held.updates + added.updates, held.biases + added.biases
+                tensors[key] = replace(held, updates=updates, biases=biases)
+            if added.changed:
+                owners[key] = i
+    new = tuple(sorted({key for plan in plans for key in plan.new}))
+    _check_ties(new, tensors, plans, adapters)
+    resized = next((p for p in plans if p.vocab_size is not None), plans[0])
+    untied = any(plan.untied for plan in plans)
+    return MergePlan(tensors, new, untied, resized.vocab_size, resized.old_vocab_size)
+
+
+def _check_ties(
+    new: tuple[str, ...], tensors: dict[str, OutputTensor], plans: Sequence[MergePlan], adapters: Sequence[Adapter]
+) -> None:
+    """Refuse an adapter that unties a head beside one that changes embedding and head through the tie."""
+    for key in new:
+        for i, plan in enumerate(plans):
+            source = plan.tensors.get(tensors[key].source.name)
+            if key not in plan.tensors and source is not None and source.changed:
+                raise _conflict(key, adapters[next(j for j, p in enumerate(plans) if key in p.new)], adapters[i])
+
+
+def _additive(tensor: OutputTensor) -> bool:
+    """Whether an adapter only adds to a tensor."""
+    return not tensor.replaced and tensor.tokens is None and not any(u.module.dora for u in tensor.updates)
+
+
+def _weighted(tensor: OutputTensor, weight: float) -> OutputTensor:
+    return replace(
+        tensor,
+        updates=tuple(replace(u, weight=weight) for u in tensor.updates),
+        biases=tuple(replace(u, weight=weight) for u in tensor.biases),
+    )
+
+
+def _conflict(key: str, first: Adapter, second: Adapter) -> MismatchError:
+    return MismatchError(
+        "merge-conflict",
+        f"the adapters {first.folder} and {second.folder} both change {key!r}, and one does more than add to it",
+        hint="replaced weights, token rows and DoRA have no sum: leave one of the adapters out",
+    )
 
 
 def refuse_quantised(base: Checkpoint) -> None:

@@ -655,11 +655,21 @@ def official() -> Iterator[Case]:
     yield Case("tensor-not-finite--official", convert, adapter(tensors=bad))
 
 
+def several() -> Iterator[Case]:
+    two = "merge adapter --adapter other --base base -o OUT"
+    other = {**adapter(folder="other"), **base()}
+    yield Case("merge-weights", f"{two} --weight 1", {**adapter(), **other}, 2)
+    yield Case("merge-weights--nan", f"{MERGE} --scale nan", {**adapter(), **base()}, 2)
+    dora = adapter({"use_dora": True}, {**factors(), f"{Q}.lora_magnitude_vector": numbers(4)})
+    yield Case("merge-conflict", two, {**dora, **other})
+    yield Case("merge-weight", f"{MERGE} --scale 0.5", {**dora, **base()})
+
+
 def cases() -> dict[str, Case]:
     """Every case by name."""
     groups = (
         geometry, config_json, safetensors_file, tensors, adapter_folder, pickles, checkpoint, output, operations,
-        merging, official,
+        merging, official, several,
     )  # fmt: skip
     found: dict[str, Case] = {}
     for case in (case for group in groups for case in group()):
