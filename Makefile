@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all lint docs clean
+.PHONY: demo test test-all fuzz lint docs clean
 
 demo: .venv/run.stamp
 	$(BIN)/python demo/run.py
@@ -11,6 +11,10 @@ demo: .venv/run.stamp
 # One BLAS thread a worker: tests run on all cores side by side.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+
+# Damaged inputs for longer: more seeds of the fuzz tests.
+fuzz: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/files/test_fuzz.py
 
 test-all: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -61,14 +61,14 @@ def main() -> None:
 
     print("\nMerging the variants and measuring held-out losses ...", flush=True)
     variants = [("LoRA, as trained", ADAPTER)]
-    for method in ("average", "align"):
+    for method in ("average", "align", "fit"):
         quietly("compress", ADAPTER, "-o", f"{OUT}/{method}", *SHAPE, "--method", method)
         variants.append((f"PRoLoRA, {method}", f"{OUT}/{method}"))
     models = [("base, no adapter", BASE, "-")]
     for i, (name, adapter) in enumerate(variants):
         quietly("merge", adapter, "--base", BASE, "-o", f"{OUT}/model-{i}", "--dtype", "float32")
         models.append((name, f"{OUT}/model-{i}", adapter))
-    models.append(("PRoLoRA, best, merged bf16", f"{OUT}/merged", f"{OUT}/prolora"))
+    models.append(("PRoLoRA, merged in bfloat16", f"{OUT}/merged", f"{OUT}/prolora"))
     table(models)
     print(f"\nDone in {time.monotonic() - started:.0f} s. What was made lies in {OUT}.")
 

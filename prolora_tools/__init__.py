@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from prolora_tools.core.geometry import Geometry
     from prolora_tools.errors import ProloraError
     from prolora_tools.files.adapter import Adapter
+    from prolora_tools.operations.calibrate import Statistics, calibrate
     from prolora_tools.operations.compress import compress
     from prolora_tools.operations.convert_official import convert_official
     from prolora_tools.operations.diff import diff
@@ -27,6 +28,8 @@ _HOMES = {
     "Adapter": "files.adapter",
     "Geometry": "core.geometry",
     "ProloraError": "errors",
+    "Statistics": "operations.calibrate",
+    "calibrate": "operations.calibrate",
     "compress": "operations.compress",
     "convert_official": "operations.convert_official",
     "diff": "operations.diff",
@@ -41,6 +44,8 @@ __all__ = [
     "Adapter",
     "Geometry",
     "ProloraError",
+    "Statistics",
+    "calibrate",
     "compress",
     "convert_official",
     "diff",

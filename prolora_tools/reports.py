@@ -5,8 +5,10 @@ Sizes in bytes, counts as integers, errors as relative Frobenius norms (0 is exa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 SCHEMA_VERSION = 1
 
@@ -22,6 +24,15 @@ class Report:
     def ok(self) -> bool:
         """Whether the result lies within the tolerance that was asked for."""
         return True
+
+
+R = TypeVar("R", bound=Report)
+Finish = Callable[[Path, R], None]
+"""Puts the last files, such as a model card, into a complete folder before it gets its name."""
+
+
+def add_nothing(folder: Path, report: Report) -> None:
+    """The `finish` of operations whose caller has nothing to add."""
 
 
 def _plain(value: Any) -> Any:

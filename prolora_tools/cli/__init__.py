@@ -41,6 +41,9 @@ class _Commands(click.Group):
 def cli() -> None:
     """Compress trained LoRA adapters into PRoLoRA form, expand and merge them, and tell the error.
 
+    An input may be a folder or the name of a repository on the Hugging Face Hub: owner/name, owner/name@revision, or
+    hf://owner/name@revision, which no local folder can hide.
+
     Results go to stdout, everything else to stderr. Exit codes: 0 done; 1 a failure with its reason; 2 wrong
     usage; 3 done, but outside the tolerance asked for; 70 a bug of ours; 130 interrupted.
     """

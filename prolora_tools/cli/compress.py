@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     "average and align.",
 )
 @click.option("--calibrate", "text", metavar="TEXT", help="Fit to what the layers see on this text (.txt or .jsonl).")
-@click.option("--base", metavar="BASE", help="The base model, for --calibrate.")
+@click.option("--base", metavar="BASE", help="The base model, a folder or a Hub name, for --calibrate.")
 @click.option("--calibrate-outputs", "outputs", is_flag=True, help="Weigh outputs by their gradients too; slower.")
 @click.option("--calibrate-tokens", "tokens", type=int, default=49152, show_default=True, metavar="N")
 @click.option("--calibrate-length", "length", type=int, default=256, show_default=True, metavar="N")
@@ -126,9 +126,8 @@ def command(
                 dtype=dtype,
                 overwrite=overwrite,
                 dry_run=dry_run,
+                finish=inputs.finish,
                 progress=progress,
             )
         report = inputs.named(report)
-    if not dry_run:
-        sources.write_card(out, report)
     return output.emit(report, tables.compression, as_json=as_json, quiet=quiet)

@@ -35,9 +35,14 @@ def command(
         adapter = inputs.folder(adapter)
         with output.progress(quiet=quiet) as progress:
             report = expand(
-                adapter, out, uniform=uniform, dtype=dtype, overwrite=overwrite, dry_run=dry_run, progress=progress
+                adapter,
+                out,
+                uniform=uniform,
+                dtype=dtype,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                finish=inputs.finish,
+                progress=progress,
             )
         report = inputs.named(report)
-    if not dry_run:
-        sources.write_card(out, report)
     return output.emit(report, tables.expansion, as_json=as_json, quiet=quiet)

@@ -11,7 +11,7 @@ from prolora_tools.cli.options import DTYPES, shown, size, written
 
 @click.command("merge")
 @click.argument("adapter")
-@click.option("--base", required=True, metavar="BASE", help="The base model's folder.")
+@click.option("--base", required=True, metavar="BASE", help="The base model, a folder or a Hub name.")
 @written
 @click.option("--adapter", "more", multiple=True, metavar="ADAPTER", help="A further adapter; may be repeated.")
 @click.option(
@@ -74,12 +74,12 @@ def command(
                 manifest=manifest,
                 resume=resume,
                 threads=threads,
+                finish=inputs.finish,
                 progress=progress,
             )
         report = inputs.named(report)
     if not dry_run:
         seconds = time.perf_counter() - begin
-        sources.write_card(out, report)
         output.told(
             f"{tables.size(report.bytes)} in {seconds:.1f} s ({tables.size(round(report.bytes / seconds))}/s): "
             f"{report.merged_tensors:,} tensors merged, {report.copied_tensors + report.converted_tensors:,} copied",

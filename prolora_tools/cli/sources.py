@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from prolora_tools.errors import OutputError, ProloraError
+from prolora_tools.errors import ProloraError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from prolora_tools.hub.remote import Source
     from prolora_tools.reports import Report
@@ -53,6 +53,10 @@ class Inputs:
             text = text.replace(str(source.folder), source.label)
         return text
 
+    def finish(self, stage: Path, report: Report) -> None:
+        """The last file of an output: its card, which names inputs as the user did."""
+        write_card(stage, self.named(report))
+
     def named(self, report: R) -> R:
         """A report that names its inputs as the user did, with the commit that was read."""
         changed: dict[str, object] = {}
@@ -86,19 +90,13 @@ def inputs(*, headers_only: bool = False, configs_only: bool = False, quiet: boo
             raise
 
 
-def write_card(out: str, report: Report) -> None:
-    """Put a model card, rendered from the report, into a folder that was written and has none."""
+def write_card(folder: Path, report: Report) -> None:
+    """Put a model card, rendered from the report, into a folder that has none."""
     from prolora_tools.files.tensors import read_json  # noqa: PLC0415 - keeps --help light
-    from prolora_tools.files.writer import write_file, writing  # noqa: PLC0415
+    from prolora_tools.files.writer import write_file  # noqa: PLC0415
     from prolora_tools.hub import card  # noqa: PLC0415
 
-    folder = Path(out)
     adapter = (folder / "adapter_config.json").is_file()
     config = read_json(folder / ("adapter_config.json" if adapter else "config.json"))
     if not (folder / "README.md").exists():
-        try:
-            with writing(folder):
-                write_file(folder / "README.md", card.render(report.to_json(), config).encode())
-        except OutputError as error:  # the folder is complete without it
-            (folder / "README.md").unlink(missing_ok=True)
-            sys.stderr.write(f"Note: no README.md was written: {error.message}\n")
+        write_file(folder / "README.md", card.render(report.to_json(), config).encode())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @click.command("stats")
 @click.argument("adapter")
-@click.option("--base", metavar="BASE", help="The base model's folder, for the share of its parameters.")
+@click.option("--base", metavar="BASE", help="The base model, a folder or a Hub name, for the share of its parameters.")
 @click.option(
     "--by",
     "view",

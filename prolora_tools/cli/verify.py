@@ -9,8 +9,8 @@ from prolora_tools.cli.options import shown
 
 @click.command("verify")
 @click.argument("merged")
-@click.option("--base", metavar="BASE", help="The base model's folder.")
-@click.option("--adapter", metavar="ADAPTER", help="The adapter's folder.")
+@click.option("--base", metavar="BASE", help="The base model, a folder or a Hub name.")
+@click.option("--adapter", metavar="ADAPTER", help="The adapter, a folder or a Hub name.")
 @click.option("--manifest", is_flag=True, help="Check the files against MERGED/merge_manifest.json instead.")
 @click.option("--ulps", type=click.IntRange(min=0), default=1, show_default=True, help="Tolerance in half precision.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads; one a core without it.")

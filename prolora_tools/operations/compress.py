@@ -21,12 +21,13 @@ from prolora_tools.operations.merge import cores, one_blas_thread
 from prolora_tools.operations.shapes import Shapes, chosen, detected, given, settle_strides
 from prolora_tools.operations.stats import module_budget
 from prolora_tools.progress import SILENT, Progress
-from prolora_tools.reports import CompressionReport, ModuleCompression
+from prolora_tools.reports import CompressionReport, ModuleCompression, add_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prolora_tools.core.fitting import AnyMatrix, Pair, SharedFactors
+    from prolora_tools.reports import Finish
 
 Strides = tuple[int, int] | Literal["official", "free"]
 
@@ -51,6 +52,7 @@ def compress(
     dtype: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    finish: Finish[CompressionReport] = add_nothing,
     progress: Progress = SILENT,
 ) -> CompressionReport:
     """Compress a trained LoRA adapter into a PRoLoRA adapter folder.
@@ -80,6 +82,7 @@ def compress(
         dtype: torch's name of the dtype to store; None keeps each module's.
         overwrite: replace `out` if it is a model folder.
         dry_run: read headers only and write nothing; the errors are None.
+        finish: called with the complete folder and the report before the folder becomes `out`.
         progress: told of each finished module.
 
     Raises:
@@ -124,7 +127,9 @@ def compress(
                 job.shapes.set_default()
         copied = {keys.renamed(t.name, prolora=True): t for t in source.other_tensors}
         write_adapter(stage, job.config(), job.specs(), job.fit, copied, progress)
-    return job.report(str(out), max_error, _limit(source, budget, ratio))
+        report = job.report(str(out), max_error, _limit(source, budget, ratio))
+        finish(stage, report)
+    return report
 
 
 def _mode(

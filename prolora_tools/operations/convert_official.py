@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 from prolora_tools.core.geometry import Geometry, Sharing, ceil_div, default_stride
 from prolora_tools.errors import InputError, MismatchError, RequestError
 from prolora_tools.files import keys
-from prolora_tools.files.adapter import BIN, SAFETENSORS, FactorSpec, read_weights, write_adapter
+from prolora_tools.files.adapter import BIN, SAFETENSORS, Adapter, FactorSpec, read_weights, write_adapter
 from prolora_tools.files.checkpoint import Checkpoint, require_folder
 from prolora_tools.files.config import FORMAT_VERSION, AdapterConfig
 from prolora_tools.files.tensors import StoredTensor, check_finite
 from prolora_tools.files.writer import check_target, staged
+from prolora_tools.operations.compress import compress
+from prolora_tools.operations.shapes import structure
 from prolora_tools.progress import SILENT, Progress
 from prolora_tools.reports import ConversionReport
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from prolora_tools.files.dtypes import Floats
 
 _ROLES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_A_vec": "A_unshared", ".lora_B_vec": "B_unshared"}
+
+_VECTORS = (".lora_A_vec", ".lora_B_vec")
 
 
 def convert_official(
@@ -39,13 +43,14 @@ def convert_official(
     dry_run: bool = False,
     progress: Progress = SILENT,
 ) -> ConversionReport:
-    """Read a raw training checkpoint of the official code into a PRoLoRA adapter folder, bit for bit.
+    """Read a checkpoint of the official code into a PRoLoRA adapter folder, bit for bit.
 
-    The number of chunks follows from the true dims, which `lora_A_vec` and `lora_B_vec` tell, or the base where u
-    is 0. Several numbers can give the same width; where the choice would matter it is asked for, never guessed.
+    A final adapter, which holds ordinary expanded factors, is recognised by its numbers. In a raw training
+    checkpoint the number of chunks follows from the true dims, which `lora_A_vec` and `lora_B_vec` tell, or the base
+    where u is 0. Several numbers can give the same width; where the choice would matter it is asked for, never guessed.
 
     Args:
-        folder: the checkpoint's folder (`checkpoint-N/`).
+        folder: the checkpoint's folder (`checkpoint-N/`), or the final adapter's.
         out: the folder to write.
         chunks: m and n, or one number for both, where the dims do not tell.
         base: the base model's folder, for the true dims where u is 0.
@@ -63,6 +68,8 @@ def convert_official(
     require_folder(source)
     config = AdapterConfig.read(source)
     file, tensors, notes = _raw_weights(source)
+    if not any(name.endswith(_VECTORS) for name in tensors) and (found := _expanded(source)) is not None:
+        return _convert_expanded(found, out, overwrite=overwrite, dry_run=dry_run, progress=progress)
     wanted = (chunks, chunks) if isinstance(chunks, int) else chunks
     if wanted is not None:
         Geometry(config.r, 0, *wanted)  # raises where the request itself is out of range
@@ -110,6 +117,44 @@ def convert_official(
     with staged(target, inputs, overwrite=overwrite) as stage:
         write_adapter(stage, raw, specs, lambda path: by_path[path].factors(), {}, progress)
     return report
+
+
+def _expanded(folder: Path) -> Adapter | None:
+    """The folder as a final adapter of the official code, None where its factors are no expansion.
+
+    Chunks of a raw checkpoint with u = 0 look like the factors of a smaller LoRA; what tells is the structure.
+    """
+    adapter = Adapter.open(folder)
+    return adapter if structure(adapter) is not None else None
+
+
+def _convert_expanded(
+    adapter: Adapter, out: str | Path, *, overwrite: bool, dry_run: bool, progress: Progress
+) -> ConversionReport:
+    """A final adapter: `compress` without a shape takes it back to the chunks it was expanded from."""
+    if dry_run:
+        raise RequestError(
+            "official-dry-run",
+            f"{adapter.folder} is an expanded adapter: its shape is in its values, which a dry run does not read",
+            hint="leave --dry-run out",
+        )
+    made = compress(adapter.folder, out, overwrite=overwrite, progress=progress)
+    shared = max(made.modules, key=lambda m: m.rank - m.unshared)
+    return ConversionReport(
+        source=str(adapter.folder),
+        output=str(out),
+        source_kind="expanded",
+        file=adapter.file.name,
+        modules=len(made.modules),
+        rank=shared.rank,
+        unshared=shared.unshared,
+        chunks_a=shared.chunks_a,
+        chunks_b=shared.chunks_b,
+        stride_a=shared.stride_a,
+        stride_b=shared.stride_b,
+        parameters=made.parameters,
+        notes=made.notes,
+    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +206,7 @@ def _raw_weights(folder: Path) -> tuple[Path, dict[str, StoredTensor], tuple[str
     """The file with the raw factors: a folder can hold them in one format and the expanded adapter in the other."""
     present = [folder / name for name in (SAFETENSORS, BIN) if (folder / name).is_file()]
     found = [(file, read_weights(file)) for file in present]
-    raw = [(f, t) for f, t in found if any(name.endswith((".lora_A_vec", ".lora_B_vec")) for name in t)]
+    raw = [(f, t) for f, t in found if any(name.endswith(_VECTORS) for name in t)]
     # With u = 0 there are no vectors, and only the shapes tell: A and B of chunks do not fit a plain LoRA's config.
     file, tensors = (raw or found or [(folder / SAFETENSORS, {})])[0]
     if not tensors:

@@ -12,12 +12,13 @@ from prolora_tools.files import dtypes, keys
 from prolora_tools.files.adapter import Adapter, FactorSpec, write_adapter
 from prolora_tools.files.writer import check_target, staged
 from prolora_tools.progress import SILENT, Progress
-from prolora_tools.reports import ExpansionReport
+from prolora_tools.reports import ExpansionReport, add_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prolora_tools.files.dtypes import Floats
+    from prolora_tools.reports import Finish
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values vLLM takes for --max-lora-rank."""
@@ -31,6 +32,7 @@ def expand(
     dtype: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    finish: Finish[ExpansionReport] = add_nothing,
     progress: Progress = SILENT,
 ) -> ExpansionReport:
     """Write an adapter as a standard PEFT LoRA folder.
@@ -46,6 +48,7 @@ def expand(
         dtype: torch's name of the dtype to store factors in; None keeps each module's.
         overwrite: replace `out` if it is a model folder.
         dry_run: read headers only and write nothing.
+        finish: called with the complete folder and the report before the folder becomes `out`.
         progress: told of each finished module.
 
     Raises:
@@ -64,7 +67,9 @@ def expand(
     with staged(target, [source.folder], overwrite=overwrite) as stage:
         copied = {keys.renamed(t.name, prolora=False): t for t in source.other_tensors}
         write_adapter(stage, job.config(), job.specs(), job.factors, copied, progress)
-    return job.report(str(out))
+        report = job.report(str(out))
+        finish(stage, report)
+    return report
 
 
 class _Job:

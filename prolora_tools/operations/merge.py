@@ -28,11 +28,13 @@ from prolora_tools.operations.manifest import Journal, digest
 from prolora_tools.operations.merge_blocks import Blocks
 from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, combine, plan_merge
 from prolora_tools.progress import SILENT, Progress
-from prolora_tools.reports import MergeReport, ShardReport
+from prolora_tools.reports import MergeReport, ShardReport, add_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
+
+    from prolora_tools.reports import Finish
 
 CARRIED = (
     "added_tokens.json", "chat_template.*", "generation_config.json", "merges.txt", "preprocessor_config.json",
@@ -63,6 +65,7 @@ def merge(
     manifest: bool = False,
     resume: bool = False,
     threads: int | None = None,
+    finish: Finish[MergeReport] = add_nothing,
     progress: Progress = SILENT,
 ) -> MergeReport:
     """Merge a LoRA or PRoLoRA adapter into its base, shard by shard, into a folder that transformers loads.
@@ -87,6 +90,7 @@ def merge(
         resume: keep the finished shards of a run that was killed or interrupted and whose inputs were the same,
             each checked by its sha256, and leave this run's where it is interrupted. Implies `manifest`.
         threads: None takes one a core.
+        finish: called with the complete folder and the report before the folder becomes `out`.
         progress: told of bytes written.
 
     Raises:
@@ -143,6 +147,7 @@ def merge(
             (stage / name).parent.mkdir(exist_ok=True)
             copy_file(source, stage / name)
         Checkpoint.open(stage)  # what we wrote must open
+        finish(stage, report)
         if journal is not None:
             journal.finish()
     return report

@@ -160,3 +160,23 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         prolora_tools.convert_official(empty, tmp_path / "out")
     assert caught.value.code == "official-no-weights"
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_final_adapters_are_recognised(file: str, tmp_path: Path) -> None:
+    """The official code ends with ordinary expanded factors: the chunks come back from the numbers, bit for bit."""
+    shape: dict[str, Any] = {"r": 8, "u": 1, "m": 7, "n": 7, "h": 140, "o": 84}
+    tensors: dict[str, torch.Tensor] = {}
+    made = {f"model.layers.{i}.self_attn.q_proj": official.layer(i, **shape) for i in range(2)}
+    for path, parts in made.items():
+        a, b = official.expanded(parts, m=7, n=7, h=140, o=84)
+        tensors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+    folder = official.write(tmp_path / "final", tensors, r=8, file=file)
+    report = prolora_tools.convert_official(folder, tmp_path / "out")
+    assert (report.source_kind, report.rank, report.unshared) == ("expanded", 8, 1)
+    assert (report.chunks_a, report.chunks_b) == (7, 7)
+    check(tmp_path / "out", made, **shape)
+    assert report.parameters == 2 * sum(t.numel() for t in official.layer(0, **shape).values())
+    with pytest.raises(RequestError) as caught:
+        prolora_tools.convert_official(folder, tmp_path / "out2", dry_run=True)
+    assert caught.value.code == "official-dry-run"
