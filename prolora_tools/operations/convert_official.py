@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prolora_tools.core.geometry import Geometry, Sharing, ceil_div, default_stride
-from prolora_tools.errors import InputError, MismatchError, RequestError
+from prolora_tools.errors import InputError, MismatchError, ProloraError, RequestError
 from prolora_tools.files import keys
 from prolora_tools.files.adapter import BIN, SAFETENSORS, Adapter, FactorSpec, read_weights, write_adapter
 from prolora_tools.files.checkpoint import Checkpoint, require_folder
@@ -124,7 +124,10 @@ def _expanded(folder: Path) -> Adapter | None:
 
     Chunks of a raw checkpoint with u = 0 look like the factors of a smaller LoRA; what tells is the structure.
     """
-    adapter = Adapter.open(folder)
+    try:
+        adapter = Adapter.open(folder)
+    except ProloraError:  # the reading as a raw checkpoint says what is wrong
+        return None
     return adapter if structure(adapter) is not None else None
 
 

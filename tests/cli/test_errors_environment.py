@@ -299,7 +299,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 real = os.{where}
 def slow(*arguments):
     pathlib.Path("middle").touch()
-    time.sleep({seconds})
+    for _ in range(round({seconds} / 0.05)):  # a signal just before one long sleep would wait for its end
+        time.sleep(0.05)
     return real(*arguments)
 os.{where} = slow
 from prolora_tools.cli import main
