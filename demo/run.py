@@ -32,7 +32,10 @@ def command(*arguments: str) -> None:
 def quietly(*arguments: str) -> None:
     """Run one command for the table's sake."""
     subprocess.run(
-        [sys.executable, "-m", "prolora_tools", *arguments], check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "prolora_tools", *arguments, "--quiet"],
+        check=True,
+        cwd=HERE.parent,
+        stdout=subprocess.DEVNULL,
     )
 
 
@@ -64,6 +67,10 @@ def main() -> None:
     for method in ("average", "align", "fit"):
         quietly("compress", ADAPTER, "-o", f"{OUT}/{method}", *SHAPE, "--method", method)
         variants.append((f"PRoLoRA, {method}", f"{OUT}/{method}"))
+    print("Calibrating on other Python code: what do the layers see, and what moves the loss? ...", flush=True)
+    text = ["--calibrate", "demo/text/python_calibration.txt", "--calibrate-outputs", "--calibrate-tokens", "16384"]
+    quietly("compress", ADAPTER, "-o", f"{OUT}/calibrated", *SHAPE, *text, "--base", BASE)
+    variants.append(("PRoLoRA, fit, calibrated", f"{OUT}/calibrated"))
     models = [("base, no adapter", BASE, "-")]
     for i, (name, adapter) in enumerate(variants):
         quietly("merge", adapter, "--base", BASE, "-o", f"{OUT}/model-{i}", "--dtype", "float32")
