@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prolora_tools.core.moments import Moments
-from prolora_tools.errors import InputError, MismatchError, RequestError, UnsupportedError
+from prolora_tools.errors import InputError, MismatchError, RequestError, UnsupportedError, first_line
 from prolora_tools.files import dtypes
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.checkpoint import read_model_config
@@ -167,9 +167,14 @@ def calibrate(
     import torch  # noqa: PLC0415 - seconds of import
 
     opened = Adapter.open(Path(adapter))
-    model = _model(opened, Path(base)).to(device)
-    limit = getattr(model.config, "max_position_embeddings", None) or length
-    windows = _windows(Path(base), Path(text), min(length, limit), tokens)
+    if opened.dora:
+        raise UnsupportedError(
+            "calibrate-dora", f"{opened.folder} is a DoRA adapter", hint="DoRA can be merged, not compressed"
+        )
+    config = read_model_config(Path(base))
+    limit = config.get("max_position_embeddings")
+    windows = _windows(Path(base), Path(text), min(length, limit) if isinstance(limit, int) else length, tokens)
+    model = _model(opened, Path(base), config).to(device)
     collector = _Collector(model, list(opened.modules), outputs, seed)
     generator = torch.Generator().manual_seed(seed)
     progress.start("calibrate", len(windows), "windows")
@@ -185,20 +190,22 @@ def calibrate(
     return Statistics(collector.arrays(), len(windows) * len(windows[0]))
 
 
-def _model(adapter: Adapter, base: Path) -> Any:
+def _model(adapter: Adapter, base: Path, config: dict[str, Any]) -> Any:
     """The base in float32 with the adapter added to its weights, from local files, without running foreign code."""
     import torch  # noqa: PLC0415 - seconds of import
-
-    if adapter.dora:
-        raise UnsupportedError(
-            "calibrate-dora", f"{adapter.folder} is a DoRA adapter", hint="DoRA can be merged, not compressed"
-        )
-    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415 - seconds of import
+    from transformers.pytorch_utils import Conv1D  # noqa: PLC0415
     from transformers.utils import logging  # noqa: PLC0415
 
-    cls = type(meta_model(base, read_model_config(base), adapter))
+    cls = type(meta_model(base, config, adapter))
     logging.disable_progress_bar()
-    model = cls.from_pretrained(base, local_files_only=True, dtype=torch.float32)
+    try:
+        model = cls.from_pretrained(base, local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            "calibrate-model",
+            f"transformers cannot load a model from {base}: {first_line(error)}",
+            hint="give the base's whole folder, weights included",
+        ) from error
     model.eval().requires_grad_(requires_grad=False)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -315,15 +322,16 @@ def _windows(base: Path, text: Path, length: int, tokens: int) -> list[list[int]
     """Windows of `length` tokens, spread evenly over the text."""
     from transformers import AutoTokenizer  # noqa: PLC0415 - seconds of import
 
+    parts = list(_texts(text))
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
             "calibrate-tokenizer",
-            f"transformers cannot load a tokenizer from {base}: {str(error).splitlines()[0]}",
+            f"transformers cannot load a tokenizer from {base}: {first_line(error)}",
             hint="put the base's tokenizer files into its folder",
         ) from error
-    ids = [i for part in _texts(text) for i in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]]
+    ids = [i for part in parts for i in tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]]
     count = len(ids) // length
     if not count:
         raise InputError(

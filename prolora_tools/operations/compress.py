@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from prolora_tools.core.fitting import METHODS, NO_MOMENTS, Method, Quality, fit_many
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.errors import RequestError, UnsupportedError
@@ -158,10 +160,9 @@ def _mode(
             hint="give --unshared U --chunks M, or --budget N, or --ratio X",
         )
     if (budget is not None and budget < 1) or (ratio is not None and not ratio >= 1):
+        asked = f"budget is {budget}" if ratio is None else f"ratio is {ratio}"
         raise RequestError(
-            "compress-size",
-            f"budget is {budget} and ratio {ratio}, expected a budget of at least 1 or a ratio of at least 1",
-            hint="--ratio 2 leaves half of the parameters",
+            "compress-size", f"the {asked}, expected at least 1", hint="--ratio 2 leaves half of the parameters"
         )
     if shape != (None, None):
         return "given"
@@ -269,7 +270,8 @@ class _Job:
 
         pairs = [self._pair(name) for name in names]
         moments = [self.moments(name) for name in names]
-        fitted = fit_many(pairs, self.geometries[names[0]], method=self.method, store=rounded, moments=moments)
+        with np.errstate(over="ignore", invalid="ignore"):  # what the dtype cannot hold is refused when it is written
+            fitted = fit_many(pairs, self.geometries[names[0]], method=self.method, store=rounded, moments=moments)
         for name, (factors, quality) in zip(names, fitted, strict=True):
             self.ready[name], self.qualities[name] = factors, quality
 

@@ -19,7 +19,7 @@ import pytest
 import prolora_tools
 from prolora_tools.cli import run
 from prolora_tools.core.geometry import Geometry
-from prolora_tools.errors import OutputError, ProloraError
+from prolora_tools.errors import OutputError, ProloraError, UnsupportedError
 from prolora_tools.files.writer import staged
 from tests.failing import build
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ENVIRONMENT = {
+    "calibrate-no-logits": "test_gradients_of_a_model_without_logits",
     "dtype-unknown": "test_names_that_click_would_refuse",
     "file-changed": "test_adapter_that_shrinks_while_it_is_read test_base_that_shrinks_while_it_is_copied",
     "file-shrunk": "test_base_that_shrinks_while_it_is_merged",
@@ -484,3 +485,21 @@ def test_names_that_click_would_refuse(folder: Path) -> None:
     assert raised(prolora_tools.expand, adapter, out, dtype="BF16").code == "dtype-unknown"
     assert raised(prolora_tools.merge, adapter, out, base=folder / "base", dtype="half").code == "dtype-unknown"
     assert not out.exists()
+
+
+def test_gradients_of_a_model_without_logits() -> None:
+    """--calibrate-outputs on an encoder: there is no likelihood whose gradients could be collected."""
+    import torch
+
+    from prolora_tools.operations.calibrate import _sampled_loss
+
+    class Encoder(torch.nn.Module):
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return torch.nn.Embedding(3, 2)
+
+        def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+            return inputs_embeds
+
+    with pytest.raises(UnsupportedError, match="Encoder predicts no labels") as caught:
+        _sampled_loss(Encoder(), torch.tensor([[0, 1]]), torch.Generator())
+    assert caught.value.code == "calibrate-no-logits"

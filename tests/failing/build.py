@@ -498,6 +498,7 @@ def operations() -> Iterator[Case]:
 
     wide = adapter(tensors={**factors(), f"{Q}.lora_B.weight": numbers(4, 2, at={2: 65520})})
     yield Case("factor-overflow", "expand adapter -o OUT --dtype float16", wide)
+    yield Case("factor-overflow--compress", f"{COMPRESS} --dtype float16", wide)
     half = {name: numbers(*t.shape, dtype="F16", at={1: 60000}) for name, t in factors().items()}
     scaled = adapter({"use_rslora": True}, half)
     yield Case("factor-overflow--uniform", "expand adapter -o OUT --uniform", scaled)
@@ -651,6 +652,12 @@ def official() -> Iterator[Case]:
     flat = base(tensors={f"{Q}.weight": numbers(4)})
     yield Case("official-base--vector", f"{convert} --base base", {**adapter(tensors=raw), **flat})
     yield Case("geometry-chunks--official", f"{convert} --chunks 0", adapter(tensors=raw), 2)
+    chunk = struct.unpack("<32f", numbers(32, 1).data)
+    half = [struct.pack("<16f", *chunk[16 * k : 16 * k + 16]) for k in (0, 1)]
+    copies = Tensor("F32", (2, 32), half[0] + half[1] + half[1] + half[0])  # rolled by one rank
+    out = struct.pack("<64f", *(v for k in range(32) for v in (chunk[k], chunk[(k + 16) % 32])))
+    final = {f"{Q}.lora_A.weight": copies, f"{Q}.lora_B.weight": Tensor("F32", (32, 2), out)}
+    yield Case("official-dry-run", f"{convert} --dry-run", adapter(tensors=final), 2)
     bad = {**raw, f"{Q}.lora_B_vec": numbers(1, 4, at={2: NAN})}
     yield Case("tensor-not-finite--official", convert, adapter(tensors=bad))
 
@@ -665,11 +672,53 @@ def several() -> Iterator[Case]:
     yield Case("merge-weight", f"{MERGE} --scale 0.5", {**dora, **base()})
 
 
+def shapes_and_statistics() -> Iterator[Case]:
+    """What compress is asked for, and what a calibration reads."""
+    compress = "compress adapter -o OUT"
+    yield Case("compress-request", f"{compress} --unshared 1", adapter(), 2)
+    yield Case("compress-request--both", f"{COMPRESS} --budget 9", adapter(), 2)
+    yield Case("compress-size", f"{compress} --budget 0", adapter(), 2)
+    yield Case("compress-size--ratio", f"{compress} --ratio 0.5", adapter(), 2)
+    yield Case("compress-dry-run", f"{compress} --budget 9 --dry-run", adapter(), 2)
+    yield Case("compress-budget", f"{compress} --budget 1", adapter(), 2)
+    yield Case("compress-no-structure", compress, adapter())
+
+    with_statistics = f"{COMPRESS} --statistics adapter/statistics.safetensors"
+    for variant, tensors in (
+        ("statistics-content", {"moments": numbers(4, 4)}),
+        ("statistics-dims", {f"input:{Q}": numbers(6, 6)}),
+    ):
+        yield Case(variant, with_statistics, {**adapter(), "adapter/statistics.safetensors": safetensors(tensors)})
+
+    calibrate = f"{COMPRESS} --calibrate adapter/text.jsonl --base base"
+    model = {**adapter(), **base(tensors=MODEL, whole=LLAMA)}
+    words = {
+        "version": "1.0",
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"},
+        "pre_tokenizer": {"type": "Whitespace"},
+    }
+    tokenizer = {
+        "base/tokenizer.json": text({"added_tokens": [], **words}),
+        "base/tokenizer_config.json": text({"tokenizer_class": "PreTrainedTokenizerFast"}),
+    }
+    good = {"adapter/text.jsonl": b'"a b a b"\n'}
+    dora = adapter({"use_dora": True}, {**factors(), f"{Q}.lora_magnitude_vector": numbers(4)})
+    yield Case("calibrate-number", f"{calibrate} --calibrate-tokens 0", {**model, **good}, 2)
+    yield Case("calibrate-dora", calibrate, {**model, **dora, **good})
+    yield Case("calibrate-text-encoding", calibrate, {**model, **tokenizer, "adapter/text.jsonl": b"\xff"})
+    yield Case("calibrate-jsonl", calibrate, {**model, **tokenizer, "adapter/text.jsonl": b"{}\n"})
+    yield Case("calibrate-tokenizer", calibrate, {**model, **good}, foreign="from base:")
+    yield Case("calibrate-text-short", calibrate, {**model, **tokenizer, **good})
+    weightless = {k: v for k, v in model.items() if k != "base/model.safetensors"}
+    command = f"{calibrate} --calibrate-length 2"
+    yield Case("calibrate-model", command, {**weightless, **tokenizer, **good}, foreign="from base:")
+
+
 def cases() -> dict[str, Case]:
     """Every case by name."""
     groups = (
         geometry, config_json, safetensors_file, tensors, adapter_folder, pickles, checkpoint, output, operations,
-        merging, official, several,
+        merging, official, several, shapes_and_statistics,
     )  # fmt: skip
     found: dict[str, Case] = {}
     for case in (case for group in groups for case in group()):
