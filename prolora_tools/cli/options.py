@@ -63,6 +63,18 @@ def shown(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")(command)
 
 
+def grouped(command: F) -> F:
+    """--by, as `view`."""
+    return click.option(
+        "--by",
+        "view",
+        type=click.Choice(["type", "layer", "module"]),
+        default="type",
+        show_default=True,
+        help="Group the table of one geometry. --json has all of them.",
+    )(command)
+
+
 def written(command: F) -> F:
     """-o, --overwrite and --dry-run."""
     command = click.option("--dry-run", is_flag=True, help="Read headers only, write nothing, report the same.")(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from prolora_tools.cli import options
-from prolora_tools.cli.options import DTYPES, count, shown
+from prolora_tools.cli.options import DTYPES, count, grouped, shown
 
 if TYPE_CHECKING:
     from prolora_tools.cli.tables import View
@@ -25,14 +25,7 @@ if TYPE_CHECKING:
 @click.option("--like-lora-rank", type=int, metavar="Q", help="List geometries that cost as much as LoRA of rank Q.")
 @click.option("--dtype", type=DTYPES, default="float32", show_default=True, help="Count bytes in this dtype.")
 @click.option("--limit", type=int, default=20, show_default=True, help="Most geometries to list.")
-@click.option(
-    "--by",
-    "view",
-    type=click.Choice(["type", "layer", "module"]),
-    default="type",
-    show_default=True,
-    help="Group the table of one geometry. --json has all of them.",
-)
+@grouped
 @shown
 def command(
     base: str,

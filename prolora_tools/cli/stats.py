@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from prolora_tools.cli.options import shown
+from prolora_tools.cli.options import grouped, shown
 
 if TYPE_CHECKING:
     from prolora_tools.cli.tables import View
@@ -15,14 +15,7 @@ if TYPE_CHECKING:
 @click.command("stats")
 @click.argument("adapter")
 @click.option("--base", metavar="BASE", help="The base model, a folder or a Hub name, for the share of its parameters.")
-@click.option(
-    "--by",
-    "view",
-    type=click.Choice(["type", "layer", "module"]),
-    default="type",
-    show_default=True,
-    help="Group the table. --json has all of them.",
-)
+@grouped
 @shown
 def command(adapter: str, base: str | None, view: View, *, as_json: bool, quiet: bool) -> int:
     """Show an ADAPTER's parameters and bytes, against LoRA and VeRA on the same modules. Reads headers only."""
