@@ -110,9 +110,12 @@ def test_evil_pickle_is_one(tmp_path: Path) -> None:
     assert (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("name", ["base-config-unknown--no-heads", "merge-no-such-module", "bin-unreadable--code"])
+@pytest.mark.parametrize(
+    "name",
+    ["base-config-unknown--no-heads", "merge-no-such-module", "bin-unreadable--code", "factor-overflow--compress"],
+)
 def test_other_libraries_add_nothing_to_stderr(name: str, tmp_path: Path) -> None:
-    """In a process of its own, where torch's and transformers' warnings and logs go to stderr."""
+    """In a process of its own, where warnings and logs of numpy, torch and transformers go to stderr."""
     case = CASES[name]
     build.write(tmp_path, case.files)
     command = [sys.executable, "-m", "prolora_tools", *case.command.split()]
