@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ManifestReport,
         MergeReport,
         ModuleCompression,
+        TensorProblem,
         VerifyReport,
     )
 
@@ -293,10 +294,16 @@ def verified(report: VerifyReport, console: Console) -> None:
             ),
         ],
     )
-    if report.problems:
+    _problems(console, "tensor", report.problems)
+
+
+def _problems(console: Console, column: str, problems: Iterable[TensorProblem]) -> None:
+    """A table of what is wrong, where something is."""
+    rows = list(problems)
+    if rows:
         console.print()
-        table = _table("tensor", "problem", left=2)
-        for problem in report.problems:
+        table = _table(column, "problem", left=2)
+        for problem in rows:
             table.add_row(problem.name, problem.problem)
         console.print(table)
 
@@ -305,12 +312,7 @@ def manifest(report: ManifestReport, console: Console) -> None:
     """`verify --manifest`."""
     facts = [("files", f"{report.files:,} ({size(report.bytes)})")]
     _facts(console, f"{report.folder}: {'as its manifest says' if report.ok else 'NOT as its manifest says'}", facts)
-    if report.problems:
-        console.print()
-        table = _table("file", "problem", left=2)
-        for problem in report.problems:
-            table.add_row(problem.name, problem.problem)
-        console.print(table)
+    _problems(console, "file", report.problems)
 
 
 def difference(report: DifferenceReport, console: Console) -> None:

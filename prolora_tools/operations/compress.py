@@ -19,9 +19,9 @@ from prolora_tools.files import dtypes, keys
 from prolora_tools.files.adapter import Adapter, FactorSpec, write_adapter
 from prolora_tools.files.writer import check_target, staged
 from prolora_tools.operations.calibrate import Statistics
-from prolora_tools.operations.merge import cores, one_blas_thread
 from prolora_tools.operations.shapes import Shapes, chosen, detected, given, settle_strides
 from prolora_tools.operations.stats import module_budget
+from prolora_tools.operations.threads import cores, one_blas_thread
 from prolora_tools.progress import SILENT, Progress
 from prolora_tools.reports import CompressionReport, ModuleCompression, add_nothing
 

@@ -27,12 +27,12 @@ from prolora_tools.files.writer import abandoned_bytes, check_target, copy_file,
 from prolora_tools.operations.manifest import Journal, digest
 from prolora_tools.operations.merge_blocks import Blocks
 from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, combine, plan_merge
+from prolora_tools.operations.threads import cores, one_blas_thread
 from prolora_tools.progress import SILENT, Progress
 from prolora_tools.reports import MergeReport, ShardReport, add_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     from prolora_tools.reports import Finish
 
@@ -341,19 +341,6 @@ class _Writer:
 
 def _call(function: Callable[..., None], *arguments: Any) -> Callable[[], None]:
     return lambda: function(*arguments)
-
-
-def one_blas_thread() -> AbstractContextManager[object]:
-    """A merge is many small products: one BLAS thread each, and our threads over tensors."""
-    from threadpoolctl import threadpool_limits  # noqa: PLC0415 - not needed to plan
-
-    limits: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
-    return limits
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_bytes(out: Path) -> int:

@@ -13,7 +13,7 @@ from prolora_tools.core.detection import Detection, detect
 from prolora_tools.core.fitting import Sample, choose_strides, fit_many
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.errors import InputError, RequestError
-from prolora_tools.operations.merge import cores
+from prolora_tools.operations.threads import cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -14,9 +14,9 @@ from prolora_tools.files import dtypes
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.checkpoint import Checkpoint
 from prolora_tools.files.stream import PIECE, Files
-from prolora_tools.operations.merge import cores, one_blas_thread
 from prolora_tools.operations.merge_blocks import Blocks
 from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, plan_merge
+from prolora_tools.operations.threads import cores, one_blas_thread
 from prolora_tools.progress import SILENT, Progress
 from prolora_tools.reports import TensorProblem, VerifyReport
 

@@ -44,13 +44,7 @@ COMMANDS = {"compress": build.COMPRESS, "expand": build.EXPAND, "merge": build.M
 WIDE = build.factors(dims=(64, 64))
 
 
-@pytest.fixture(autouse=True)
-def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "PROLORA_TOOLS_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("plain_terminal")
 
 
 @pytest.fixture

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
-import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 import prolora_tools
 from tests.cli import test_errors_environment as environment
 from tests.failing import build
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CASES = build.cases()
 PACKAGE = Path(prolora_tools.__file__).parent
@@ -28,13 +23,7 @@ EXEMPT = {"hub", "peft"}
 ERRORS = {"ProloraError", "RequestError", "InputError", "UnsupportedError", "MismatchError", "OutputError"}
 
 
-@pytest.fixture(autouse=True)
-def _plain_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("FORCE_COLOR", "CLICOLOR_FORCE", "PROLORA_TOOLS_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
+pytestmark = pytest.mark.usefixtures("plain_terminal")
 
 
 def same_text(expected: str, found: str) -> bool:
