@@ -39,19 +39,21 @@ class Delta:
         left: (rows, r); B, or A transposed where the weight is stored (in, out).
         right: (r, columns); A, or B transposed.
         scaling: what the product is multiplied with.
+        at: the weight's row at which the delta's first is added.
     """
 
     left: Floats
     right: Floats
     scaling: float
+    at: int = 0
 
     @classmethod
-    def of(cls, a: Floats, b: Floats, scaling: float, *, transposed: bool) -> Delta:
+    def of(cls, a: Floats, b: Floats, scaling: float, *, transposed: bool, at: int = 0) -> Delta:
         """From A (r, in) and B (out, r); `transposed` for Conv1D and Embedding weights, stored (in, out)."""
-        return cls(a.T, b.T, scaling) if transposed else cls(b, a, scaling)
+        return cls(a.T, b.T, scaling, at) if transposed else cls(b, a, scaling, at)
 
     def add_to(self, weight: Floats, start: int, scratch: Floats) -> None:
-        """Add the delta's rows from `start` on to `weight`, in place.
+        """Add the delta's part in the rows from `start` on to `weight`, in place.
 
         Args:
             weight: (rows of the block, columns), float32 or float64.
@@ -60,14 +62,15 @@ class Delta:
         """
         step = panel_rows(weight.shape[1])
         scaling = np.asarray(self.scaling, dtype=scratch.dtype)
-        for first in range(start // step * step, start + len(weight), step):
+        begin, end = max(start, self.at), min(start + len(weight), self.at + len(self.left))
+        for first in range((begin - self.at) // step * step, end - self.at, step):
             last = min(first + step, len(self.left))
             product = scratch[: last - first]
             np.matmul(self.left[first:last], self.right, out=product)
             np.multiply(product, scaling, out=product)
-            begin, end = max(first, start), min(last, start + len(weight))
-            part = weight[begin - start : end - start]
-            np.add(part, product[begin - first : end - first], out=part)
+            top, bottom = max(first + self.at, begin), min(last + self.at, end)
+            part = weight[top - start : bottom - start]
+            np.add(part, product[top - self.at - first : bottom - self.at - first], out=part)
 
 
 def row_norms(weight: Floats) -> Floats:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -56,6 +56,9 @@ class AdapterModule:
         geometry: its PRoLoRA shape; LoRA is all unshared.
         scaling: what B A is multiplied with.
         stored: its tensors by role.
+        parameter: the parameter of the module that it changes.
+        experts: matrices in that parameter, (experts, out, in). Of several, A is (experts * r, in), expert by expert,
+            and B (out, r * experts), rank by rank (PEFT's ParamWrapper).
     """
 
     path: str
@@ -65,6 +68,13 @@ class AdapterModule:
     geometry: Geometry
     scaling: float
     stored: dict[str, StoredTensor]
+    parameter: str = "weight"
+    experts: int = 1
+
+    @property
+    def weight_name(self) -> str:
+        """The name of the parameter in the base model."""
+        return f"{self.path}.{self.parameter}"
 
     @property
     def prolora(self) -> bool:
@@ -122,6 +132,12 @@ class AdapterModule:
             np.concatenate([bt_full, self._flat("B_unshared").T]).T,
         )
 
+    def expert_factors(self) -> tuple[Floats, Floats]:
+        """The factors expert by expert: A (experts, r, in) and B (experts, out, r)."""
+        a, b = self.factors()
+        shape = (self.experts, self.geometry.rank)
+        return a.reshape(*shape, -1), np.ascontiguousarray(b.reshape(-1, *reversed(shape)).transpose(2, 0, 1))
+
     def chunked(self) -> tuple[Floats, Floats]:
         """What is stored under A and B, rank-first: the chunks of a PRoLoRA, the whole factors of a LoRA."""
         return self._flat("A"), self._flat("B").T
@@ -148,6 +164,8 @@ class Adapter:
         whole: base tensor name -> the stored tensor that replaces it (modules_to_save, biases, embeddings).
         tokens: embedding path -> rows that replace the base's, for config's trainable_token_indices.
         notes: what a reader should be told, such as a second weights file that was not read.
+        wrapped: module path -> the A and B tensors of each of its target_parameters, in the order in which PEFT
+            wrapped them, which is that of the module's parameters. Which those are, only the base model tells.
     """
 
     folder: Path
@@ -157,6 +175,7 @@ class Adapter:
     whole: dict[str, StoredTensor]
     tokens: dict[str, StoredTensor]
     notes: tuple[str, ...] = ()
+    wrapped: dict[str, tuple[dict[str, StoredTensor], ...]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> Adapter:
@@ -179,9 +198,21 @@ class Adapter:
 
     @property
     def other_tensors(self) -> list[StoredTensor]:
-        """Everything but the factors: whole weights, token rows, biases and magnitudes."""
+        """Everything but the modules' factors: whole weights, token rows, biases, magnitudes, target_parameters."""
         beside = [m.stored[r] for m in self.modules.values() for r in ("bias", "magnitude") if r in m.stored]
-        return [*self.whole.values(), *self.tokens.values(), *beside]
+        wrapped = [tensor for factors in self.wrapped.values() for pair in factors for tensor in pair.values()]
+        return [*self.whole.values(), *self.tokens.values(), *beside, *wrapped]
+
+    def require_modules(self) -> Adapter:
+        """This adapter. Raises UnsupportedError where it has factors on parameters, which are not known by name."""
+        if self.wrapped:
+            raise UnsupportedError(
+                "adapter-target-parameters",
+                f"{self.folder}: target_parameters is set, and {next(iter(self.wrapped))} has factors on parameters "
+                "such as fused experts, which only merge, verify and stats handle",
+                hint="prolora-tools merge it into its base, or train the adapter with target_modules",
+            )
+        return self
 
     def token_indices(self, path: str) -> list[int]:
         """The rows of the embedding `path` that trainable tokens replace, in the order of their tensor."""
@@ -296,7 +327,8 @@ class _Sorter:
                 self.tokens[place[0]] = tensor
             else:
                 parts[place[0]][place[1]] = tensor
-        if not parts:
+        wrapped = self.wrapped_factors(parts)
+        if not parts and not wrapped:
             raise InputError(
                 "adapter-empty",
                 f"{self.file} holds no {'PRoLoRA' if self.config.prolora else 'LoRA'} factors",
@@ -304,7 +336,42 @@ class _Sorter:
             )
         modules = {path: self.module(path, parts[path]) for path in sorted(parts)}
         self.check_patterns(list(modules))
-        return Adapter(self.folder, self.file, self.config, modules, self.whole, self.tokens, tuple(self.notes))
+        notes = tuple(self.notes)
+        return Adapter(self.folder, self.file, self.config, modules, self.whole, self.tokens, notes, wrapped)
+
+    def wrapped_factors(
+        self, parts: dict[str, dict[str, StoredTensor]]
+    ) -> dict[str, tuple[dict[str, StoredTensor], ...]]:
+        """Take the factors of target_parameters out of `parts`: those of modules that target_modules does not pick."""
+        found: dict[str, dict[int, dict[str, StoredTensor]]] = defaultdict(dict)
+        for name in list(parts) if self.config.target_parameters else []:
+            path, depth = keys.unwrapped(name)
+            if keys.matches_target(self.config.target_modules, path):
+                continue
+            stored = parts.pop(name)
+            if lacking := sorted({"A", "B"} - set(stored)):
+                raise self.incomplete(name, sorted(stored), keys.lora_key(name, lacking[0]))
+            if extra := sorted(set(stored) - {"A", "B"}):
+                raise self.shape_error(name, stored[extra[0]], "nothing beside A and B for target_parameters")
+            a, b = stored["A"], stored["B"]
+            if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+                raise self.shape_error(name, b, f"two dims, the second as A's first, which is {list(a.shape)}")
+            found[path][depth] = stored
+        for path, wrappers in found.items():
+            for depth in range(len(wrappers)):
+                if depth not in wrappers:
+                    name = path + ".base_layer" * depth
+                    raise self.incomplete(name, [], keys.lora_key(name, "A"))
+        return {
+            path: tuple(found[path][depth] for depth in sorted(found[path], reverse=True)) for path in sorted(found)
+        }
+
+    def incomplete(self, path: str, held: list[str], missing: str) -> InputError:
+        return InputError(
+            "adapter-missing-tensor",
+            f"{self.file}: {path} has {', '.join(held) or 'no factors'}, and {missing!r} is missing",
+            hint="the file is incomplete; save or download the adapter again",
+        )
 
     def place_whole(self, short: str, tensor: StoredTensor) -> None:
         """A whole weight or bias: allowed where the config, or PEFT's rule for embeddings, says so."""
@@ -338,11 +405,7 @@ class _Sorter:
         if missing := [role for role in needed if role not in stored]:
             made = keys.prolora_key if self.config.prolora else keys.lora_key
             role = ("embedding_" if embedding else "") + missing[0]
-            raise InputError(
-                "adapter-missing-tensor",
-                f"{self.file}: {path} has {', '.join(sorted(parts))}, and {made(path, role)!r} is missing",
-                hint="the file is incomplete; save or download the adapter again",
-            )
+            raise self.incomplete(path, sorted(parts), made(path, role))
         self.check_target(path)
         geometry = self.config.geometry(path)
         a, b = stored["A"], stored["B"]

@@ -36,7 +36,6 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA samples its factors",
     "layer_replication": "the model's layers were replicated when it was loaded",
     "megatron_config": "Megatron splits the layers over devices",
-    "target_parameters": "target_parameters puts LoRA on parameters such as fused experts",
 }
 # Fields that mean the same for LoRA and PRoLoRA; they go over when one is made from the other.
 _COMMON = (
@@ -60,6 +59,7 @@ class AdapterConfig:
         use_dora: the adapter holds magnitudes.
         target_modules: list of names, or a regex.
         exclude_modules: the same, for what `target_modules` picks and the adapter leaves out.
+        target_parameters: names of parameters, such as fused experts, that carry factors of their own.
         bias: which of the base's biases were trained: none, all or lora_only.
     """
 
@@ -71,6 +71,7 @@ class AdapterConfig:
     use_dora: bool
     target_modules: list[str] | str | None
     exclude_modules: list[str] | str | None = None
+    target_parameters: tuple[str, ...] = ()
     bias: str = "none"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -127,6 +128,7 @@ class AdapterConfig:
             use_dora=fields.flag("use_dora"),
             target_modules=fields.targets("target_modules"),
             exclude_modules=fields.targets("exclude_modules"),
+            target_parameters=() if prolora else fields.names("target_parameters"),
             bias=fields.bias(),
             rank_pattern=fields.pattern("rank_pattern", integers=True),
             alpha_pattern=fields.pattern("alpha_pattern"),
@@ -210,6 +212,7 @@ class AdapterConfig:
 _LORA_ONLY = (
     *_REFUSED, "corda_config", "eva_config", "init_lora_weights", "loftq_config", "lora_ga_config",
     "megatron_core", "qalora_group_size", "use_dora", "velora_config", "layer_replication", "runtime_config",
+    "target_parameters",
 )  # fmt: skip
 _PROLORA_ONLY = (
     "format_version", "unshared_r", "chunks_A", "chunks_B", "stride_A", "stride_B", "rotate",
@@ -308,6 +311,14 @@ class _Fields:
         if value is None:
             return None
         raise self.wrong(name, "a list of names or a regex")
+
+    def names(self, name: str) -> tuple[str, ...]:
+        value = self.raw.get(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise self.wrong(name, "a list of names")
+        return tuple(value)
 
     def pattern(self, name: str, *, integers: bool = False) -> dict[str, Any]:
         value = self.raw.get(name)

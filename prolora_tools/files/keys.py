@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 PREFIX = "base_model.model."
 
@@ -53,6 +53,17 @@ def parse(name: str, *, prolora: bool) -> tuple[str, str] | None:
     return None
 
 
+def unwrapped(path: str) -> tuple[str, int]:
+    """A module path -> (the path without its trailing `.base_layer`s, how many those are).
+
+    PEFT wraps a module once for each of its target_parameters, and each wrapper's name is in the next one's.
+    """
+    depth = 0
+    while path.endswith(".base_layer"):
+        path, depth = path.removesuffix(".base_layer"), depth + 1
+    return path, depth
+
+
 def lora_key(path: str, role: str) -> str:
     """The name PEFT gives a LoRA tensor."""
     return PREFIX + path + _SUFFIXES[role]
@@ -86,6 +97,11 @@ def pattern_key(patterns: Mapping[str, object], path: str) -> str | None:
         if re.match(wrapped(pattern), path):
             return pattern
     return None
+
+
+def matches_parameter(target_parameters: Sequence[str], name: str) -> bool:
+    """Whether PEFT's target_parameters picks the parameter: names matched from a dot on."""
+    return any(name == target or name.endswith(f".{target}") for target in target_parameters)
 
 
 def matches_target(target_modules: list[str] | str | None, path: str) -> bool:

@@ -166,7 +166,7 @@ def calibrate(
             )
     import torch  # noqa: PLC0415 - seconds of import
 
-    opened = Adapter.open(Path(adapter))
+    opened = Adapter.open(Path(adapter)).require_modules()
     if opened.dora:
         raise UnsupportedError(
             "calibrate-dora", f"{opened.folder} is a DoRA adapter", hint="DoRA can be merged, not compressed"

@@ -101,7 +101,7 @@ def compress(
         )
     mode = _mode(unshared, chunks, budget, ratio, max_error, dry_run=dry_run)
     stored_dtype = None if dtype is None else dtypes.parse(dtype)
-    source = Adapter.open(Path(adapter))
+    source = Adapter.open(Path(adapter)).require_modules()
     _refuse(source)
     if isinstance(statistics, str | Path):
         statistics = Statistics.open(Path(statistics))

@@ -28,7 +28,7 @@ def diff(
         UnsupportedError: a DoRA adapter, whose dW depends on the base.
         InputError: an adapter is missing or broken.
     """
-    first, second = Adapter.open(Path(a)), Adapter.open(Path(b))
+    first, second = (Adapter.open(Path(x)).require_modules() for x in (a, b))
     for adapter in (first, second):
         if adapter.dora:
             raise UnsupportedError(

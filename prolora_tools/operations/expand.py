@@ -57,7 +57,7 @@ def expand(
         InputError: the adapter is missing or broken.
         OutputError: `out` is refused or cannot be written.
     """
-    source = Adapter.open(Path(adapter))
+    source = Adapter.open(Path(adapter)).require_modules()
     job = _Job(source, uniform=uniform, dtype=None if dtype is None else dtypes.parse(dtype))
     target = Path(out)
     if dry_run:

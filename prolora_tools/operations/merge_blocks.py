@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from prolora_tools.files.adapter import AdapterModule
     from prolora_tools.files.dtypes import Floats
     from prolora_tools.files.stream import Files
     from prolora_tools.operations.merge_plan import OutputTensor, Update
+
+
+KEPT = 3
+"""Modules of experts whose factors are kept: gate, up and down of the layer at work."""
 
 
 class Blocks:
@@ -35,6 +40,8 @@ class Blocks:
     def __init__(self, files: Files, rows: int | None = None, *, allow_nonfinite: bool = False) -> None:
         self.files, self.rows, self.allow_nonfinite = files, rows, allow_nonfinite
         self._buffers = threading.local()
+        self._lock = threading.Lock()
+        self._kept: dict[str, tuple[Floats, Floats]] = {}
 
     def rows_of(self, tensor: OutputTensor) -> int:
         """Rows in one block."""
@@ -109,7 +116,26 @@ class Blocks:
             return replace(parts, column_factor=magnitude / column_norms(walk, tensor.matrix[1]))
 
     def _delta(self, update: Update, *, transposed: bool) -> Delta:
-        return Delta.of(*update.module.factors(), update.scaling, transposed=transposed)
+        module = update.module
+        if module.experts == 1:
+            a, b = module.factors()
+        else:
+            a, b = self._expert_factors(module)
+            a, b = a[update.expert], b[update.expert]
+        b = b[update.first :][: update.rows]
+        return Delta.of(a, b, update.scaling, transposed=transposed, at=update.at)
+
+    def _expert_factors(self, module: AdapterModule) -> tuple[Floats, Floats]:
+        """A (experts, r, in) and B (experts, out, r); those of the last modules asked for are kept.
+
+        The experts of a layer are tensors of their own in most checkpoints, and each needs its part of one factor.
+        """
+        with self._lock:
+            if module.weight_name not in self._kept:
+                while len(self._kept) >= KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[module.weight_name] = module.expert_factors()
+            return self._kept[module.weight_name]
 
     def _weights(self, tensor: OutputTensor, parts: _Parts, start: int, stop: int) -> Iterator[tuple[int, Floats]]:
         """The block's values before rounding, float32 (float64 for an F64 source)."""

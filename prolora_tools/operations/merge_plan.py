@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from prolora_tools.errors import MismatchError, UnsupportedError
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.adapter import is_embedding
-from prolora_tools.operations.resolution import Resolution, missing, resolve
+from prolora_tools.operations.resolution import Place, Resolution, missing, module_missing, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,10 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Update:
-    """A module's part in one tensor, and the weight of its adapter."""
+    """A module's part in one tensor, and the weight of its adapter.
+
+    Attributes:
+        module: whose delta it is.
+        weight: of the adapter.
+        expert: which of the module's deltas.
+        first: the delta's row that the part begins with.
+        rows: how many rows it has; None for all from `first` on.
+        at: the tensor's row at which the part is added.
+    """
 
     module: AdapterModule
     weight: float = 1.0
+    expert: int = 0
+    first: int = 0
+    rows: int | None = None
+    at: int = 0
 
     @property
     def scaling(self) -> float:
@@ -86,8 +100,15 @@ class OutputTensor:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns) as it is walked: the first dim and the others, a vector as one column."""
-        return (self.shape[0], self.source.items // self.shape[0]) if self.shape and self.shape[0] else (1, 1)
+        """(rows, columns) as it is walked: a vector as one column, a stack's matrices one below the other.
+
+        A convolution's kernel goes with its columns where a delta is added, since B A has them there.
+        """
+        if not self.shape or not self.source.items:
+            return (1, 1)
+        lead = 1 if len(self.shape) == 1 or any(u.module.kind == "conv" for u in self.updates) else len(self.shape) - 1
+        rows = math.prod(self.shape[:lead])
+        return (rows, self.source.items // rows)
 
 
 @dataclass(frozen=True)
@@ -122,9 +143,9 @@ def plan_merge(adapter: Adapter, base: Checkpoint, dtype: str | None) -> MergePl
         MismatchError: adapter and base do not belong together.
     """
     refuse_quantised(base)
-    resolution = resolve(adapter, base)
-    _check_coverage(adapter, resolution)
-    changes = _Planner(adapter, base, resolution)
+    bound, resolution = resolve(adapter, base)
+    _check_coverage(bound, resolution)
+    changes = _Planner(bound, base, resolution)
     tensors = {key: changes.output(key) for key in base.tensors}
     new = tuple(sorted(changes.new))
     for key in new:
@@ -233,12 +254,7 @@ def _check_coverage(adapter: Adapter, resolution: Resolution) -> None:
             and not keys.matches_target(adapter.config.exclude_modules, path)
             and f"{path}.weight" not in adapter.whole
         ):
-            raise MismatchError(
-                "merge-module-missing",
-                f"the adapter {adapter.folder} has no factors for {path}, which its target_modules picks and whose "
-                "siblings in other layers it adapts",
-                hint="the adapter is incomplete, or the base has more layers than the one it was trained on",
-            )
+            raise module_missing(adapter, path)
 
 
 def _template(path: str) -> str:
@@ -252,14 +268,18 @@ class _Planner:
         self.adapter, self.base, self.resolution = adapter, base, resolution
         self.new: dict[str, OutputTensor] = {}
         self.by_key: dict[str, OutputTensor] = {}
-        names = sorted({f"{path}.weight" for path in (*adapter.modules, *adapter.tokens)} | set(adapter.whole))
-        names += [f"{path}.bias" for path, module in adapter.modules.items() if "bias" in module.stored]
-        plain = [name for name in names if name not in resolution.tied]
+        self.by_weight = {module.weight_name: module for module in adapter.modules.values()}
+        names = sorted({*self.by_weight, *(f"{path}.weight" for path in adapter.tokens), *adapter.whole})
+        names += [f"{m.path}.bias" for m in self.by_weight.values() if "bias" in m.stored]
         tied = [name for name in names if name in resolution.tied]
+        in_parts = [name for name in names if name in resolution.parts and name not in resolution.tied]
+        plain = [name for name in names if name not in resolution.tied and name not in resolution.parts]
         for name in plain:
             self.by_key[self.key(name)] = self.changed(name, self.stored(name))
+        for name in in_parts:
+            self.add_parts(name, resolution.parts[name])
         self.untied = False
-        self.settle_ties(set(plain), tied)
+        self.settle_ties({*plain, *in_parts}, tied)
 
     def key(self, name: str) -> str:
         if name not in self.resolution.keys:
@@ -314,11 +334,12 @@ class _Planner:
             if new.shape[1:] != stored.shape[1:] or (new.shape != stored.shape and not self.may_resize(name)):
                 raise self.shape_error(name, new.shape, stored.shape)
             tensor = replace(tensor, source=new, replaced=True)
+        module = self.by_weight.get(name)
+        if module is not None:
+            transposed = module.kind == "embedding" or name in self.resolution.in_out
+            self.check_delta(module, tensor.source, Place(key), transposed=transposed)
+            tensor = replace(tensor, updates=_updates(module, Place(key), stored), transposed=transposed)
         module = self.adapter.modules.get(path)
-        if module is not None and parameter == "weight":
-            transposed = module.kind == "embedding" or path in self.resolution.conv1d
-            self.check_delta(module, tensor.source, transposed=transposed)
-            tensor = replace(tensor, updates=(Update(module),), transposed=transposed)
         if module is not None and parameter == "bias" and "bias" in module.stored:
             if module.stored["bias"].shape != tensor.source.shape:
                 raise self.shape_error(name, module.stored["bias"].shape, stored.shape)
@@ -337,11 +358,36 @@ class _Planner:
             tensor = replace(tensor, tokens=TokenRows(rows, indices))
         return tensor
 
-    def check_delta(self, module: AdapterModule, weight: StoredTensor, *, transposed: bool) -> None:
-        expected = (module.out_features, *module.a_dims)
+    def add_parts(self, name: str, places: tuple[Place, ...]) -> None:
+        """Share a module's delta out between the stored tensors that its parameter is made of."""
+        module = self.by_weight.get(name)
+        in_out, whole = name in self.resolution.in_out, all(place.rows is None for place in places)
+        if module is None or module.dora or module.kind != "linear" or (in_out and not whole):
+            raise UnsupportedError(
+                "merge-part",
+                f"{self.base.folder} stores {name!r} fused or in parts, the first {places[0].key!r}, and the adapter "
+                f"{self.adapter.folder} does more to it than to add a product to its rows",
+                hint="merge it with PEFT's merge_and_unload()",
+            )
+        rows = sum(place.rows or 0 for place in places if not place.expert)
+        if not whole and rows != module.out_features:
+            raise self.shape_error(name, (module.out_features, module.in_features), (rows, module.in_features))
+        for place in places:
+            stored = self.base.tensors[place.key]
+            stored.require_float()
+            transposed = in_out != place.swapped
+            self.check_delta(module, stored, place, transposed=transposed)
+            held = self.by_key.get(place.key) or OutputTensor(place.key, stored.dtype, stored, transposed=transposed)
+            self.by_key[place.key] = replace(held, updates=held.updates + _updates(module, place, stored))
+
+    def check_delta(self, module: AdapterModule, weight: StoredTensor, place: Place, *, transposed: bool) -> None:
+        expected = (module.out_features if place.rows is None else place.rows, *module.a_dims)
         if (module.kind == "linear" and transposed) or module.kind == "embedding":
             expected = (module.in_features, module.out_features)
-        if weight.shape == expected:
+        if module.experts > 1 and place.expert is None:
+            expected = (module.experts, *expected)
+        found = weight.shape if place.rows is None else (place.rows, *weight.shape[1:])
+        if found == expected:
             return
         channels = weight.shape[1] if module.kind == "conv" and weight.shape[2:] == expected[2:] else 0
         if channels and channels < expected[1] and expected[1] % channels == 0:
@@ -350,7 +396,7 @@ class _Planner:
                 f"{module.path} is a convolution with {expected[1] // channels} groups in {self.base.folder}",
                 hint="merge it with PEFT's merge_and_unload()",
             )
-        raise self.shape_error(f"{module.path}.weight", expected, weight.shape)
+        raise self.shape_error(module.weight_name, expected, weight.shape)
 
     def shape_error(self, name: str, found: tuple[int, ...], base: tuple[int, ...]) -> MismatchError:
         return MismatchError(
@@ -379,6 +425,14 @@ class _Planner:
                 hint="both must have one number of rows; save the adapter again",
             )
         return changes.pop()
+
+
+def _updates(module: AdapterModule, place: Place, stored: StoredTensor) -> tuple[Update, ...]:
+    """A module's part in the tensor at `place`, one matrix of which it changes, or each of a stack's."""
+    if module.experts > 1 and place.expert is None:
+        height = stored.shape[-2]
+        return tuple(Update(module, expert=i, at=i * height) for i in range(module.experts))
+    return (Update(module, expert=place.expert or 0, first=place.first, rows=place.rows, at=place.at),)
 
 
 def _same(a: StoredTensor, b: StoredTensor) -> bool:

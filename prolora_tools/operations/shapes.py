@@ -143,7 +143,7 @@ def structure(source: Adapter) -> str | None:
 
     One module is read: what the others are, compress tells.
     """
-    if source.config.prolora or source.dora:
+    if source.config.prolora or source.dora or not source.modules:
         return None
     smallest = min(source.modules.values(), key=lambda m: m.parameters)
     found = _detect(smallest)

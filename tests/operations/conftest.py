@@ -16,6 +16,7 @@ PEFT_NOISE = (
     "ignore:.*tied.*:UserWarning",  # the same
     "ignore:Adapter 'default'.*lora_B.bias:UserWarning",  # PEFT takes lora_bias's own vector for a damaged tensor
     "ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning",  # PEFT corrects the flag
+    "ignore:The following .*_pattern keys did not match:RuntimeWarning",  # PEFT looks at modules, not at parameters
 )
 
 

@@ -129,7 +129,7 @@ VARIANTS = {
 
 
 def tokens(network: Any) -> torch.Tensor:
-    size = min(network.config.vocab_size, VOCAB)
+    size = min(network.config.get_text_config().vocab_size, VOCAB)
     return torch.randint(0, size, (3, 17), generator=torch.Generator().manual_seed(2))
 
 
