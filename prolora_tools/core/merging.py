@@ -63,7 +63,7 @@ class Delta:
         step = panel_rows(weight.shape[1])
         scaling = np.asarray(self.scaling, dtype=scratch.dtype)
         begin, end = max(start, self.at), min(start + len(weight), self.at + len(self.left))
-        for first in range((begin - self.at) // step * step, end - self.at, step):
+        for first in range((begin - self.at) // step * step, end - self.at, step) if begin < end else ():
             last = min(first + step, len(self.left))
             product = scratch[: last - first]
             np.matmul(self.left[first:last], self.right, out=product)

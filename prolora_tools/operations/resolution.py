@@ -98,7 +98,7 @@ def resolve(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, Resolution]:
         InputError: transformers cannot build the model from config.json.
     """
     names = touched(adapter)
-    linear = not adapter.wrapped and all(m.kind == "linear" for m in adapter.modules.values())
+    linear = not adapter.config.target_parameters and all(m.kind == "linear" for m in adapter.modules.values())
     dense = base.config.get("model_type") in LINEAR_ONLY and linear
     if dense and not adapter.whole and not adapter.tokens and all(n in base.tensors for n in names):
         return adapter, Resolution({name: name for name in base.tensors})
@@ -107,8 +107,8 @@ def resolve(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, Resolution]:
         if name in resolution.refused:
             raise UnsupportedError(
                 "merge-fused",
-                f"{base.folder} stores {name!r} in a way that takes no delta here: {resolution.refused[name]}",
-                hint="merge it with PEFT's merge_and_unload()",
+                f"how {base.folder} stores {name!r} is not understood: {resolution.refused[name]}",
+                hint="check that the base is complete; PEFT's merge_and_unload() may understand it",
             )
         if name not in resolution.keys and name not in resolution.tied and name not in resolution.parts:
             raise missing(adapter, base, name)
@@ -128,8 +128,7 @@ def module_missing(adapter: Adapter, path: str) -> MismatchError:
     """The error for a module that the adapter should have factors for."""
     return MismatchError(
         "merge-module-missing",
-        f"the adapter {adapter.folder} has no factors for {path}, which its targets pick and whose siblings in other "
-        "layers it adapts",
+        f"the adapter {adapter.folder} has no factors for {path}, which its targets pick, as they pick others",
         hint="the adapter is incomplete, or the base has more layers than the one it was trained on",
     )
 
@@ -295,7 +294,7 @@ class _Mapping:
     def with_parameters(self, adapter: Adapter) -> Adapter:
         """Find the parameter behind each wrapper: PEFT wraps a module's targeted ones in the order it holds them."""
         modules, targets = dict(adapter.modules), adapter.config.target_parameters
-        for path, module in self.modules.items() if adapter.wrapped else ():
+        for path, module in self.modules.items() if targets else ():
             own = module.named_parameters(recurse=False)
             held = {n: p for n, p in own if matches_parameter(targets, f"{path}.{n}")}
             factors = adapter.wrapped.get(path, ())

@@ -46,7 +46,7 @@ def stats(adapter: str | Path, *, base: str | Path | None = None) -> BudgetRepor
         other_parameters=sum(t.items for t in others),
         other_bytes=sum(t.n_bytes for t in others),
         base_parameters=base_parameters,
-        notes=(*opened.notes, *_structure(opened)),
+        notes=(*opened.notes, *_structure(opened), *_wrapped(opened)),
     )
 
 
@@ -57,6 +57,12 @@ def _structure(adapter: Adapter) -> list[str]:
     except InputError:  # values that cannot be read are no matter of counts; the commands that need them tell
         return []
     return [note] if note else []
+
+
+def _wrapped(adapter: Adapter) -> list[str]:
+    """Where the factors of target_parameters are counted: their shapes are known from the base only."""
+    count = sum(t.items for factors in adapter.wrapped.values() for pair in factors for t in pair.values())
+    return [f"{count:,} parameters are factors of target_parameters, counted beside the modules"] if count else []
 
 
 def module_budget(name: str, in_features: int, out_features: int, geometry: Geometry, *, n_bytes: int) -> ModuleBudget:
@@ -102,7 +108,7 @@ def budget_report(
         other_bytes=other_bytes,
         comparison=Comparison(
             lora_same_rank=sum(m.rank * (m.in_features + m.out_features) for m in modules),
-            equal_budget_lora_rank=factors / lora_parameters(shapes, 1),
+            equal_budget_lora_rank=factors / lora_parameters(shapes, 1) if shapes else 0.0,
             vera_rank=VERA_RANK,
             vera=vera_parameters(shapes, VERA_RANK),
         ),

@@ -269,7 +269,6 @@ def config_json() -> Iterator[Case]:
         "monteclora_config": {"num_samples": 4},
         "layer_replication": [[0, 1], [0, 1]],
         "megatron_config": {"tensor_model_parallel_size": 2},
-        "target_parameters": ["mlp.experts.gate_up_proj"],
     }
     for field, value in refused.items():
         variant = "" if field == "arrow_config" else f"--{field}"
@@ -286,6 +285,7 @@ def config_json() -> Iterator[Case]:
         "--target_modules": ("target_modules", 5),
         "--target_modules-regex": ("target_modules", "(q_proj"),
         "--exclude_modules": ("exclude_modules", {"q_proj": 1}),
+        "--target_parameters": ("target_parameters", "experts"),
         "--rank_pattern": ("rank_pattern", ["q_proj"]),
         "--rank_pattern-float": ("rank_pattern", {"q_proj": 2.5}),
         "--alpha_pattern-infinite": ("alpha_pattern", {"q_proj": INF}),
@@ -543,6 +543,43 @@ def not_finite() -> Iterator[Case]:
     yield Case("merge-not-finite--modules_to_save", MERGE, {**head, **base(tensors=MODEL, whole=LLAMA)})
 
 
+def of_experts() -> Iterator[Case]:
+    """A mixture of experts, one tensor each, and an adapter for the fused parameter."""
+    experts = "model.layers.0.mlp.experts"
+    mixture = {
+        **LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 1,
+        "num_experts_per_tok": 1,
+    }  # fmt: skip
+    stored = {
+        f"{Q}.weight": numbers(4, 4),
+        **{f"model.layers.0.block_sparse_moe.experts.0.{w}.weight": numbers(4, 4) for w in ("w1", "w2", "w3")},
+    }
+    saved = adapter({"modules_to_save": ["experts"]}, {**factors(), f"{experts}.down_proj": numbers(1, 4, 4)})
+    yield Case("merge-part", MERGE, {**saved, **base(tensors=stored, whole=mixture)})
+    wrapped = {**factors(), **factors(experts)}
+    targets = {"target_parameters": ["experts.down_proj"]}
+    two = {**mixture, "num_local_experts": 2}
+    pairs = {**factors(), **factors(experts, rank=4)}
+    yield Case("merge-fused", MERGE, {**adapter(targets, pairs), **base(tensors=stored, whole=two)})
+    wide = {**wrapped, **factors(experts, rank=3)}
+    yield Case("merge-parameter-rank", MERGE, {**adapter(targets, wide), **base(tensors=stored, whole=mixture)})
+    tall = {**wrapped, **factors(experts, dims=(6, 4))}
+    yield Case("merge-shape--experts", MERGE, {**adapter(targets, tall), **base(tensors=stored, whole=mixture)})
+    both = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    yield Case(
+        "merge-module-missing--parameter", MERGE, {**adapter(both, wrapped), **base(tensors=stored, whole=mixture)}
+    )
+    yield Case("adapter-target-parameters", COMPRESS, adapter(targets, wrapped))
+    inner = {**factors(), **factors(f"{experts}.base_layer")}
+    yield Case("adapter-missing-tensor--wrapper", COMPRESS, adapter(both, inner))
+    half = {**factors(), f"{experts}.lora_A.weight": numbers(2, 4)}
+    yield Case("adapter-missing-tensor--half", COMPRESS, adapter(targets, half))
+    vector = {**wrapped, f"{experts}.lora_magnitude_vector": numbers(4)}
+    yield Case("adapter-shape--parameter-magnitude", COMPRESS, adapter(targets, vector))
+    uneven = {**wrapped, f"{experts}.lora_B.weight": numbers(4, 3)}
+    yield Case("adapter-shape--parameter", COMPRESS, adapter(targets, uneven))
+
+
 def merging() -> Iterator[Case]:
     yield from not_finite()
     yield Case("shard-size", f"{MERGE} --max-shard-size 0GB", {**adapter(), **base()}, 2)
@@ -587,17 +624,7 @@ def merging() -> Iterator[Case]:
         **adapter({"target_modules": ["c_attn"], "base_model_name_or_path": "gpt2"}, factors("h.0.c_attn")),
         **base(whole=LLAMA),
     })  # fmt: skip
-    experts = "model.layers.0.mlp.experts"
-    mixture = {
-        **LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 1,
-        "num_experts_per_tok": 1,
-    }  # fmt: skip
-    stored = {
-        f"{Q}.weight": numbers(4, 4),
-        **{f"model.layers.0.block_sparse_moe.experts.0.{w}.weight": numbers(4, 4) for w in ("w1", "w2", "w3")},
-    }
-    saved = adapter({"modules_to_save": ["experts"]}, {**factors(), f"{experts}.down_proj": numbers(1, 4, 4)})
-    yield Case("merge-fused", MERGE, {**saved, **base(tensors=stored, whole=mixture)})
+    yield from of_experts()
     code = {"model_type": "my_llama", "auto_map": {"AutoModelForCausalLM": "modeling.MyLlama"}}
     yield Case(
         "base-custom-code", MERGE, {**adapter(), **base(code, whole=LLAMA), "base/modeling.py": b"raise SystemExit\n"}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +22,10 @@ from prolora_tools.files import dtypes
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.checkpoint import Checkpoint
 from prolora_tools.files.stream import Files
+from prolora_tools.files.tensors import StoredTensor
 from prolora_tools.operations.merge_blocks import Blocks
-from prolora_tools.operations.merge_plan import plan_merge
+from prolora_tools.operations.merge_plan import OutputTensor, plan_merge
 from tests.support import tensors_of, write_adapter
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ROWS, COLUMNS = 700, 1100  # three panels and a part of one
 NAME = "model.layers.0.self_attn.q_proj"
@@ -166,3 +167,40 @@ def test_an_untouched_tensor_must_fit_its_new_dtype(tmp_path: Path) -> None:
     tensors["model.norm.weight"][5] = float("-inf")  # the base's own: a mask, say
     save_file(tensors, base / "model.safetensors")
     merge(adapter, tmp_path / "out", base=base, dtype="float16")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    at=st.integers(0, 120),
+    height=st.integers(1, 60),
+    total=st.integers(1, 150),
+    cuts=st.lists(st.integers(0, 150), max_size=5),
+    columns=st.sampled_from([1, 5, 20_000]),
+)
+def test_a_delta_of_some_rows_lands_there_and_nowhere_else(
+    at: int, height: int, total: int, cuts: list[int], columns: int
+) -> None:
+    """A stack's experts, and the halves of a fused tensor, begin anywhere, and blocks cut them anywhere."""
+    total = max(total, at + height)
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((3, columns)).astype("f4"), rng.standard_normal((height, 3)).astype("f4")
+    delta = Delta.of(a, b, 0.5, transposed=False, at=at)
+    weight = rng.standard_normal((total, columns)).astype("f4")
+    expected = weight.copy()
+    Delta.of(a, b, 0.5, transposed=False).add_to(
+        expected[at : at + height], 0, np.empty((panel_rows(columns), columns), "f4")
+    )
+    for start, stop in pairwise(sorted({0, total, *(c for c in cuts if c < total)})):
+        delta.add_to(weight[start:stop], start, np.empty((panel_rows(columns), columns), "f4"))
+    assert np.array_equal(weight, expected)
+
+
+def test_a_stack_is_walked_in_rows_of_its_matrices() -> None:
+    """A row of (experts, out, in) would be a whole expert, and a block 16 of them."""
+    stored = StoredTensor("experts.down_proj", "BF16", (64, 2048, 768), Path("x"), 0, 64 * 2048 * 768 * 2)
+    tensor = OutputTensor(stored.name, "F16", stored)
+    assert tensor.matrix == (64 * 2048, 768)
+    assert panel_rows(tensor.matrix[1]) * 768 * 4 <= 1 << 20
+    assert replace(tensor, source=replace(stored, shape=(5,))).matrix == (5, 1)
+    assert replace(tensor, source=replace(stored, shape=())).matrix == (1, 1)
+    assert replace(tensor, source=replace(stored, shape=(3, 0))).matrix == (1, 1)
