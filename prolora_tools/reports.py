@@ -273,6 +273,15 @@ class ShardReport:
 
 
 @dataclass(frozen=True)
+class TensorChange:
+    """What a merge does to one tensor of the base."""
+
+    name: str
+    shape: tuple[int, ...]
+    change: str
+
+
+@dataclass(frozen=True)
 class MergeReport(Report):
     """`merge`: the model folder that was written, or would be in a dry run.
 
@@ -284,6 +293,7 @@ class MergeReport(Report):
         untied: whether tie_word_embeddings was set to false.
         dtype: the output dtype asked for, None to keep the base's.
         bytes_free: on the output's disk, before.
+        changes: what becomes of each tensor that an adapter has a part in.
     """
 
     adapter: str
@@ -300,6 +310,7 @@ class MergeReport(Report):
     untied: bool
     shards: tuple[ShardReport, ...]
     files: tuple[str, ...]
+    changes: tuple[TensorChange, ...] = ()
     notes: tuple[str, ...] = ()
 
 

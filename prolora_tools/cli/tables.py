@@ -276,6 +276,12 @@ def merged(report: MergeReport, console: Console) -> None:
     for shard in report.shards:
         table.add_row(shard.name, str(shard.tensors), str(shard.merged), size(shard.bytes))
     console.print(table)
+    if report.output is None:
+        console.print()
+        table = _table("tensor", "shape", "what the adapters do to it", left=3)
+        for change in report.changes:
+            table.add_row(change.name, " x ".join(map(str, change.shape)), change.change)
+        console.print(table)
 
 
 def verified(report: VerifyReport, console: Console) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import threading
@@ -26,10 +25,10 @@ from prolora_tools.files.tensors import layout, reading
 from prolora_tools.files.writer import abandoned_bytes, check_target, copy_file, staged, write_file
 from prolora_tools.operations.manifest import Journal, digest
 from prolora_tools.operations.merge_blocks import Blocks
-from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, combine, plan_merge
+from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, plan_of
 from prolora_tools.operations.threads import cores, one_blas_thread
 from prolora_tools.progress import SILENT, Progress
-from prolora_tools.reports import MergeReport, ShardReport, add_nothing
+from prolora_tools.reports import MergeReport, ShardReport, TensorChange, add_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -106,17 +105,9 @@ def merge(
             f"the shard size is {max_shard_size}, expected at least 1 byte",
             hint="for example --max-shard-size 5GB",
         )
-    weights = list(weights) or [1.0] * (1 + len(more))
-    if len(weights) != 1 + len(more) or not all(map(math.isfinite, (scale, *weights))):
-        raise RequestError(
-            "merge-weights",
-            f"{len(weights)} weights, scale {scale:g}, for {1 + len(more)} adapters: expected a finite number for each",
-            hint="give --weight once an adapter, in their order, or not at all",
-        )
     adapters, checkpoint = [Adapter.open(Path(a)) for a in (adapter, *more)], Checkpoint.open(Path(base))
     opened, wanted = adapters[0], None if dtype is None else dtypes.parse(dtype)
-    weights = [scale * weight for weight in weights]
-    plan = combine([plan_merge(a, checkpoint, wanted) for a in adapters], adapters, weights)
+    plan, weights = plan_of(adapters, checkpoint, weights, scale, wanted)
     shards = all_shards = _shards(plan, checkpoint, max_shard_size)
     carried = _carried_files(checkpoint.folder, opened.folder, copy_code=copy_code)
     target, inputs = Path(out), [*(a.folder for a in adapters), checkpoint.folder]
@@ -429,5 +420,6 @@ def _report(
             ShardReport(s.name, s.n_bytes, len(s.tensors), sum(t.changed for t in s.tensors.values())) for s in shards
         ),
         files=tuple(carried),
+        changes=tuple(TensorChange(t.name, t.shape, t.change) for t in tensors if t.changed),
         notes=tuple(notes),
     )

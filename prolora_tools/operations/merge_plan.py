@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from prolora_tools.errors import MismatchError, UnsupportedError
+from prolora_tools.errors import MismatchError, RequestError, UnsupportedError
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.adapter import is_embedding
 from prolora_tools.operations.resolution import Place, Resolution, missing, module_missing, resolve
@@ -99,6 +100,22 @@ class OutputTensor:
         return self.dtype == self.source.dtype and not self.updates and not self.biases and self.tokens is None
 
     @property
+    def change(self) -> str:
+        """What the adapters do to it, in words; empty where they do nothing."""
+        parts = ["replaced by the adapter's"] if self.replaced else []
+        parts += [text + f" ({n} experts)" * (n > 1) for text, n in Counter(map(self._added, self.updates)).items()]
+        parts += [f"+ {u.scaling:.6g} lora_bias" for u in self.biases]
+        if self.tokens is not None:
+            parts.append(f"{len(self.tokens.indices)} rows replaced")
+        return "; ".join(parts)
+
+    def _added(self, update: Update) -> str:
+        module = update.module
+        kind = "DoRA" if module.dora else "PRoLoRA" if module.prolora else "LoRA"
+        owner = f" of {module.weight_name}" if module.weight_name != self.name else ""
+        return f"+ {update.scaling:.6g} B A{owner}, {kind} of rank {module.geometry.rank}"
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) as it is walked: a vector as one column, a stack's matrices one below the other.
 
@@ -128,6 +145,33 @@ class MergePlan:
     untied: bool
     vocab_size: int | None
     old_vocab_size: int | None
+
+
+def plan_of(
+    adapters: Sequence[Adapter], base: Checkpoint, weights: Sequence[float], scale: float, dtype: str | None
+) -> tuple[MergePlan, list[float]]:
+    """The plan of one or several adapters, and what each one's deltas are multiplied with.
+
+    Args:
+        adapters: the adapters, in the order in which their deltas are added.
+        base: the base's checkpoint.
+        weights: one for each adapter; none for 1 each.
+        scale: multiplies all of them.
+        dtype: as in `plan_merge`.
+
+    Raises:
+        RequestError: another number of weights than adapters, or one that is not finite.
+        UnsupportedError, MismatchError: as `plan_merge` and `combine`.
+    """
+    weights = list(weights) or [1.0] * len(adapters)
+    if len(weights) != len(adapters) or not all(map(math.isfinite, (scale, *weights))):
+        raise RequestError(
+            "merge-weights",
+            f"{len(weights)} weights, scale {scale:g}, for {len(adapters)} adapters: expected a finite number for each",
+            hint="give --weight once an adapter, in their order, or not at all",
+        )
+    scaled = [scale * weight for weight in weights]
+    return combine([plan_merge(a, base, dtype) for a in adapters], adapters, scaled), scaled
 
 
 def plan_merge(adapter: Adapter, base: Checkpoint, dtype: str | None) -> MergePlan:

@@ -15,12 +15,14 @@ from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.checkpoint import Checkpoint
 from prolora_tools.files.stream import PIECE, Files
 from prolora_tools.operations.merge_blocks import Blocks
-from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, plan_merge
+from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, plan_of
 from prolora_tools.operations.threads import cores, one_blas_thread
 from prolora_tools.progress import SILENT, Progress
 from prolora_tools.reports import TensorProblem, VerifyReport
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from prolora_tools.files.tensors import StoredTensor
@@ -33,6 +35,9 @@ def verify(
     *,
     base: str | Path,
     adapter: str | Path,
+    more: Sequence[str | Path] = (),
+    weights: Sequence[float] = (),
+    scale: float = 1.0,
     ulps: int = 1,
     threads: int | None = None,
     progress: Progress = SILENT,
@@ -46,18 +51,22 @@ def verify(
         merged: the merged model's folder.
         base: the base's folder.
         adapter: the adapter's folder.
+        more: folders of the other adapters that were merged with it.
+        weights: what each adapter's deltas were multiplied with, the first adapter's first; none for 1 each.
+        scale: what all of them were multiplied with besides.
         ulps: the tolerance in half precision.
         threads: None takes one a core.
         progress: told of bytes compared.
 
     Raises:
+        RequestError: the weights are not one finite number for each adapter.
         InputError: one of the folders is missing or broken.
         UnsupportedError: a kind of adapter or base that is refused.
         MismatchError: adapter and base do not belong together.
     """
-    opened, checkpoint = Adapter.open(Path(adapter)), Checkpoint.open(Path(base))
+    adapters, checkpoint = [Adapter.open(Path(a)) for a in (adapter, *more)], Checkpoint.open(Path(base))
     found = Checkpoint.open(Path(merged))
-    plan = plan_merge(opened, checkpoint, None)
+    plan, _ = plan_of(adapters, checkpoint, weights, scale, None)
     problems = [
         *(TensorProblem(name, "is missing") for name in plan.tensors if name not in found.tensors),
         *(TensorProblem(name, "does not belong there") for name in found.tensors if name not in plan.tensors),
@@ -85,7 +94,7 @@ def verify(
     return VerifyReport(
         merged=str(merged),
         base=str(base),
-        adapter=str(adapter),
+        adapter=" + ".join(str(a) for a in (adapter, *more)),
         tensors=len(pairs),
         merged_tensors=sum(t.changed for t, _ in pairs),
         exact_tensors=sum(t.changed and r.exact for (t, _), r in zip(pairs, results, strict=True)),

@@ -33,7 +33,10 @@ from transformers import (
 
 import prolora_tools
 from prolora_tools.errors import MismatchError, UnsupportedError
-from tests.operations.test_variants import VOCAB, Variant, logits, trained
+from prolora_tools.files.adapter import Adapter
+from prolora_tools.files.checkpoint import Checkpoint
+from prolora_tools.operations.merge_plan import plan_merge
+from tests.operations.test_variants import VOCAB, Variant, logits, trained, used
 from tests.support import tensors_of, write_adapter
 
 if TYPE_CHECKING:
@@ -165,6 +168,8 @@ def test_merged_outputs_are_pefts(name: str, tmp_path: Path) -> None:
     report = prolora_tools.merge(adapter, tmp_path / "merged", base=base)
     before, after = tensors_of(base), tensors_of(tmp_path / "merged")
     assert set(after) - set(before) == set(report.new_tensors)
+    plan = plan_merge(Adapter.open(adapter), Checkpoint.open(base), None)
+    assert set(tensors_of(adapter)) <= {n for t in plan.tensors.values() if t.changed for n in used(t)}
     merged, info = type(network.get_base_model()).from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     torch.testing.assert_close(outputs(merged), outputs(network), rtol=1e-4, atol=1e-4)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prolora_tools import compress, expand, merge
-from prolora_tools.errors import MismatchError
+from prolora_tools import compress, expand, merge, verify
+from prolora_tools.cli import run
+from prolora_tools.errors import MismatchError, RequestError
 from tests.support import model, tensors_of, write_adapter
 
 if TYPE_CHECKING:
@@ -84,3 +85,32 @@ def test_a_dora_beside_another_adapter_of_the_same_module_is_refused(tmp_path: P
     with pytest.raises(MismatchError, match="does more"):
         merge(adapters[0], tmp_path / "out", base=model("llama-tiny-en"), more=adapters[1:])
     assert not (tmp_path / "out").exists()
+
+
+def test_verify_takes_what_merge_took(tmp_path: Path) -> None:
+    base, (a, b) = made(tmp_path)
+    merge(a, tmp_path / "out", base=base, more=[b], weights=[0.7, 0.3], scale=2)
+    report = verify(tmp_path / "out", base=base, adapter=a, more=[b], weights=[0.7, 0.3], scale=2)
+    assert report.ok
+    assert report.exact_tensors == 2
+    assert report.adapter == f"{a} + {b}"
+    for weights, scale, more in (([0.7, 0.4], 2, [b]), ([0.7, 0.3], 1, [b]), ([], 2, [b]), ([0.7], 2, [])):
+        assert not verify(tmp_path / "out", base=base, adapter=a, more=more, weights=weights, scale=scale).ok
+    with pytest.raises(RequestError, match="1 weights, scale 1, for 2 adapters"):
+        verify(tmp_path / "out", base=base, adapter=a, more=[b], weights=[0.7])
+    options = ["--base", str(base), "--adapter", str(a), "--adapter", str(b), "--weight", "0.7", "--weight", "0.3"]
+    assert run(["verify", str(tmp_path / "out"), *options, "--scale", "2", "--quiet"]) == 0
+    assert run(["verify", str(tmp_path / "out"), *options, "--quiet"]) == 3
+
+
+def test_a_dry_run_tells_what_becomes_of_each_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, (a, b) = made(tmp_path)
+    report = merge(a, tmp_path / "out", base=base, more=[b], weights=[0.5, 1], dry_run=True)
+    changes = {c.name: c.change for c in report.changes}
+    assert changes == {
+        f"{Q}.weight": "+ 2 B A, LoRA of rank 4; + 2 B A, LoRA of rank 8",
+        f"{V}.weight": "+ 2 B A, LoRA of rank 8",
+    }
+    options = ["--base", str(base), "-o", str(tmp_path / "out"), "--dry-run"]
+    assert run(["merge", str(a), *options]) == 0
+    assert f"{Q}.weight  48 x 32  + 4 B A, LoRA of rank 4" in capsys.readouterr().out

@@ -30,10 +30,14 @@ from transformers import (
 import prolora_tools
 from prolora_tools.errors import UnsupportedError
 from prolora_tools.files.adapter import Adapter
+from prolora_tools.files.checkpoint import Checkpoint
+from prolora_tools.operations.merge_plan import plan_merge
 from tests.support import tensors_of
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from prolora_tools.operations.merge_plan import OutputTensor
 
 VOCAB = 60
 
@@ -178,6 +182,24 @@ def test_merged_logits_are_pefts(name: str, tmp_path: Path) -> None:
         assert (logits(merged) - logits(plain)).abs().max() > 1e-3
     verified = prolora_tools.verify(tmp_path / "merged", base=base, adapter=adapter)
     assert verified.ok, verified.problems
+
+
+def used(tensor: OutputTensor) -> set[str]:
+    """The names of the adapter's tensors that a tensor of the output is made of."""
+    factors = {t.name for u in (*tensor.updates, *tensor.biases) for t in u.module.stored.values()}
+    return factors | ({tensor.tokens.stored.name} if tensor.tokens else set()) | {tensor.source.name}
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_every_tensor_of_the_adapter_has_its_place_in_the_plan(variant: str, tmp_path: Path) -> None:
+    _, base, adapter = trained(VARIANTS[variant], tmp_path)
+    plan = plan_merge(Adapter.open(adapter), Checkpoint.open(base), None)
+    changed = [t for t in plan.tensors.values() if t.changed]
+    tensors, names = tensors_of(adapter), {n for t in changed for n in used(t)}
+    for name in set(tensors) - names:  # a head that stays tied is stored twice, and one of the two is enough
+        assert any(torch.equal(tensors[name], tensors[other]) for other in names & set(tensors))
+    assert all(t.change for t in changed)
+    assert not any(t.change for t in plan.tensors.values() if not t.changed)
 
 
 @pytest.mark.parametrize("name", sorted(n for n, v in VARIANTS.items() if not v.options.get("use_dora")))
