@@ -514,7 +514,7 @@ def write_adapter(
             at_hand = (spec.path, factors(spec.path))
             progress.advance(1)
         carrier = dtypes.encode(at_hand[1][spec.role], spec.dtype)
-        if not dtypes.all_finite(carrier, spec.dtype):
+        if not dtypes.all_finite(carrier):
             raise InputError(
                 "factor-overflow",
                 f"factor {spec.role} of {spec.path} has numbers that {spec.dtype} cannot hold",

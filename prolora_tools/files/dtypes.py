@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from prolora_tools.errors import RequestError
 
@@ -26,9 +27,9 @@ ITEM_BITS = {
 }  # fmt: skip
 """Bits of one item of every dtype that the safetensors format names."""
 
-# How each float dtype is held in memory: BF16 as its bits.
-_CARRIERS: dict[str, npt.DTypeLike] = {
-    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")
+# How each float dtype is held in memory.
+_CARRIERS: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(bfloat16)
 }  # fmt: skip
 
 FLOATS = tuple(_CARRIERS)
@@ -62,13 +63,7 @@ def n_bytes(dtype: str, items: int) -> int | None:
 def decode(raw: bytes | bytearray | memoryview | npt.NDArray[np.uint8], dtype: str) -> Floats:
     """Bytes of a float tensor -> flat float32 (float64 for F64). F32 and F64 share the buffer's memory."""
     items = np.frombuffer(raw, dtype=_CARRIERS[dtype])
-    if dtype == "BF16":
-        wide = items.astype("<u4")
-        wide <<= np.uint32(16)
-        return wide.view("<f4")
-    if dtype == "F16":
-        return items.astype("<f4")
-    return items
+    return items.astype("<f4") if items.itemsize < 4 else items
 
 
 def encode(values: Floats, dtype: str) -> npt.NDArray[Any]:
@@ -77,21 +72,10 @@ def encode(values: Floats, dtype: str) -> npt.NDArray[Any]:
     Rounding float64 to BF16 or F16 goes directly, not through float32. Overflow becomes inf, as in torch;
     `all_finite` on the result tells.
     """
-    if dtype != "BF16":
-        with np.errstate(over="ignore", invalid="ignore"):  # invalid: a signalling nan becomes a quiet one
-            return np.ascontiguousarray(values, dtype=_CARRIERS[dtype])
-    if values.dtype == np.float64:
-        values = _to_odd_float32(values)
-    bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
-    rounded = bits >> np.uint32(16)
-    rounded &= np.uint32(1)
-    rounded += np.uint32(0x7FFF)
-    rounded += bits
-    rounded >>= np.uint32(16)
-    nan = np.isnan(values)
-    if nan.any():
-        rounded[nan] = 0x7FC0
-    return rounded.astype("<u2")
+    if dtype == "BF16" and values.dtype == np.float64:
+        values = _to_odd_float32(values)  # ml_dtypes, as torch, would round to float32 first
+    with np.errstate(over="ignore", invalid="ignore"):  # invalid: a signalling nan becomes a quiet one
+        return np.ascontiguousarray(values, dtype=_CARRIERS[dtype])
 
 
 def _to_odd_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -107,10 +91,8 @@ def _to_odd_float32(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return near
 
 
-def all_finite(carrier: npt.NDArray[Any], dtype: str) -> bool:
+def all_finite(carrier: npt.NDArray[Any]) -> bool:
     """Whether an encoded array holds no inf and no nan."""
-    if dtype == "BF16":
-        return not bool(((carrier & np.uint16(0x7F80)) == np.uint16(0x7F80)).any())
     return bool(np.isfinite(carrier).all())
 
 
@@ -123,25 +105,17 @@ def decode_into(raw: npt.NDArray[np.uint8], dtype: str, out: Floats) -> Floats:
     items = raw.view(_CARRIERS[dtype])
     if items.dtype == out.dtype:
         return items
-    if dtype == "BF16" and out.dtype == np.float32:
-        bits = out.view(np.uint32)
-        np.copyto(bits, items)
-        np.left_shift(bits, np.uint32(16), out=bits)
-    else:
-        np.copyto(out, decode(raw, dtype) if dtype == "BF16" else items)
+    np.copyto(out, items)
     return out
 
 
-def encode_into(
-    values: Floats, dtype: str, out: npt.NDArray[np.uint8], scratch: Floats
-) -> tuple[npt.NDArray[Any], bool]:
+def encode_into(values: Floats, dtype: str, out: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[Any], bool]:
     """`encode` without a new array, told apart by whether all of the result is finite.
 
     Args:
         values: flat float32 or float64.
         dtype: of the result.
         out: bytes for the result.
-        scratch: flat, of the length and dtype of `values`; overwritten.
 
     Returns:
         The carrier array, and whether it is finite throughout; it may be `values` itself.
@@ -149,20 +123,11 @@ def encode_into(
     most = _LARGEST[dtype]
     if not (values.size and -most <= float(values.min()) and float(values.max()) <= most):
         carrier = encode(values, dtype)  # nan, inf, or numbers that may become inf: rare, and may take their time
-        return carrier, all_finite(carrier, dtype)
+        return carrier, all_finite(carrier)
     carrier = out.view(_CARRIERS[dtype])
     if carrier.dtype == values.dtype:
         return values, True
-    if dtype == "BF16" and values.dtype == np.float32:
-        bits, rounded = values.view(np.uint32), scratch.view(np.uint32)
-        np.right_shift(bits, np.uint32(16), out=rounded)
-        np.bitwise_and(rounded, np.uint32(1), out=rounded)
-        np.add(rounded, np.uint32(0x7FFF), out=rounded)
-        np.add(rounded, bits, out=rounded)
-        np.right_shift(rounded, np.uint32(16), out=rounded)
-        np.copyto(carrier, rounded, casting="unsafe")
-    elif dtype == "BF16":
-        np.copyto(carrier, encode(values, dtype))
-    else:
-        np.copyto(carrier, values, casting="same_kind")
+    if values.dtype == np.float64:
+        values = encode(values, dtype)
+    np.copyto(carrier, values, casting="unsafe")
     return carrier, True

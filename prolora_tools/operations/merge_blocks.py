@@ -60,12 +60,10 @@ class Blocks:
         """
         rows, columns = tensor.matrix
         made = self._made(tensor)
-        wide = np.dtype(_wide(tensor))
         item = dtypes.ITEM_BITS[tensor.dtype] // 8
         for at, weight in self._weights(tensor, made, start, rows if stop is None else stop):
-            scratch = self._buffer("scratch", weight.nbytes).view(wide)
             out = self._buffer("out", weight.size * item)
-            carrier, finite = dtypes.encode_into(weight.reshape(-1), tensor.dtype, out, scratch)
+            carrier, finite = dtypes.encode_into(weight.reshape(-1), tensor.dtype, out)
             carrier = carrier.reshape(-1, columns)
             if not finite and not self.allow_nonfinite:
                 self._explain(tensor, at, weight, carrier)
