@@ -1,10 +1,12 @@
 """Merge against a copy: wall time until the bytes are on the disk, and memory the process owns.
 
 Makes a random Llama checkpoint with a LoRA on every linear layer, compresses the LoRA, and runs each way in turn:
-cp, a copy through safetensors, PEFT, and this package with its variants. Prints JSON with ratios to cp (median,
-least, most over the rounds) and peak anonymous memory, at one size and at `--grow` times as many layers.
+cp, a copy through safetensors, PEFT, other tools if they are given, and this package with its variants. Prints JSON
+with ratios to cp (median, least, most over the rounds) and peak anonymous memory, at one size and at `--grow` times as
+many layers; and compress, expand and verify against what they are to be measured by.
 
     python benchmarks/merge.py WORK --rounds 5 > merge.json
+    python benchmarks/merge.py WORK --mergekit VENV/bin/mergekit-yaml --peer "mine=./merge {base} {adapter} {out}"
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -53,6 +56,12 @@ from transformers import AutoModelForCausalLM
 base, adapter, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out, max_shard_size="1GB")
+"""
+
+MERGEKIT = """
+printf 'models: [{model: "%s+%s"}]\\nmerge_method: passthrough\\ndtype: %s\\n' "$1" "$2" "$3" > "$4.yml"
+rm -rf "$4.cache"
+exec "$0" "$4.yml" "$4" --lora-merge-cache "$4.cache"
 """
 
 
@@ -115,13 +124,14 @@ def make(folder: Path, layers: int, dtype: str) -> int:
     return sum(f.stat().st_size for f in base.iterdir())
 
 
-def measured(command: list[str], out: Path) -> dict[str, float]:
-    """Run a command, sync, and remove its output.
+def measured(command: list[str], out: Path, *, read_only: bool = False) -> dict[str, float]:
+    """Run a command, sync, and remove its output; `read_only` commands write none and read another's.
 
     Returns:
         `wall` s, `durable` s with the sync, `anonymous` MB at its peak (sampled), `others` CPU s of the machine.
     """
-    shutil.rmtree(out, ignore_errors=True)
+    if not read_only:
+        shutil.rmtree(out, ignore_errors=True)
     os.sync()
     busy, begin = busy_seconds(), time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -149,7 +159,6 @@ def measured(command: list[str], out: Path) -> dict[str, float]:
     os.sync()
     durable = time.perf_counter() - begin
     own = usage.ru_utime + usage.ru_stime
-    shutil.rmtree(out, ignore_errors=True)
     return {
         "wall": wall, "durable": durable, "anonymous": peak * 1024 / 1e6, "cpu": own,
         "others": max(0.0, busy_seconds() - busy - own),
@@ -162,8 +171,8 @@ def busy_seconds() -> float:
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 
 
-def ways(folder: Path, *, peft: bool) -> dict[str, list[str]]:
-    """The commands to compare, by name; OUT stands last or after -o."""
+def ways(folder: Path, peers: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The commands to compare, by name; each writes folder/out."""
     base, lora, prolora, out = (str(folder / n) for n in ("base", "adapter", "prolora", "out"))
 
     def ours(adapter: str, *options: str) -> list[str]:
@@ -172,33 +181,47 @@ def ways(folder: Path, *, peft: bool) -> dict[str, list[str]]:
     found = {
         "cp -r": ["cp", "-r", base, out],
         "merge LoRA": ours(lora),
+        "verify": [PYTHON, "-m", "prolora_tools", "verify", out, "--base", base, "--adapter", lora, "-q"],
         "merge PRoLoRA": ours(prolora),
         "merge LoRA --resume": ours(lora, "--resume"),
         "merge LoRA --dtype float16": ours(lora, "--dtype", "float16"),
         "merge LoRA --max-shard-size 500MB": ours(lora, "--max-shard-size", "500MB"),
         "safetensors load and save": [PYTHON, "-c", SAFETENSORS_COPY, base, out],
     }
-    if peft:
-        found["PEFT merge_and_unload"] = [PYTHON, "-c", PEFT, base, lora, out]
+    given = {"{base}": base, "{adapter}": lora, "{out}": out}
+    found |= {name: [given.get(part, part) for part in command] for name, command in peers.items()}
     return found
 
 
+def conversions(folder: Path) -> dict[str, list[str]]:
+    """Commands on adapters, and the same bytes read and written through safetensors, which stands first."""
+    lora, prolora, out = (str(folder / n) for n in ("adapter", "prolora", "out"))
+    command = [PYTHON, "-m", "prolora_tools"]
+    shape = ["--unshared", "4", "--chunks", "2", "-q", "-o", out]
+    return {
+        "safetensors load and save": [PYTHON, "-c", SAFETENSORS_COPY.replace(".torch", ".numpy"), lora, out],
+        "compress --method average": [*command, "compress", lora, "--method", "average", *shape],
+        "compress": [*command, "compress", lora, *shape],
+        "expand": [*command, "expand", prolora, "-o", out, "-q"],
+    }
+
+
 def compare(folder: Path, commands: dict[str, list[str]], rounds: int) -> dict[str, Any]:
-    """Every command in turn, round by round; each round's times over that round's cp."""
+    """Every command in turn, round by round; each round's times over those of the round's first command."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for number in range(rounds):
         for name, command in commands.items():
-            runs[name].append(measured(command, folder / "out"))
+            runs[name].append(measured(command, folder / "out", read_only=command[3:4] == ["verify"]))
             sys.stderr.write(f"{number + 1}/{rounds} {name}: {runs[name][-1]['durable']:.1f} s\n")
-    result = {}
+    result, first = {}, next(iter(commands))
     for name, found in runs.items():
-        ratios = [r["durable"] / c["durable"] for r, c in zip(found, runs["cp -r"], strict=True)]
+        ratios = [r["durable"] / c["durable"] for r, c in zip(found, runs[first], strict=True)]
         result[name] = {
             "durable_s": [round(r["durable"], 2) for r in found],
             "cpu_s": round(statistics.median(r["cpu"] for r in found), 2),
             "others_cpu_s": round(statistics.median(r["others"] for r in found), 2),
             "anonymous_mb": round(max(r["anonymous"] for r in found), 1),
-            "to_cp": {
+            "to_first": {
                 "median": round(statistics.median(ratios), 2),
                 "min": round(min(ratios), 2),
                 "max": round(max(ratios), 2),
@@ -216,7 +239,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--mergekit", help="its mergekit-yaml, from an environment of its own")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="{base} {adapter} {out}")
     given = parser.parse_args()
+    peers = {} if given.no_peft else {"PEFT merge_and_unload": [PYTHON, "-c", PEFT, "{base}", "{adapter}", "{out}"]}
+    if given.mergekit:
+        mergekit = ["sh", "-c", MERGEKIT, given.mergekit, "{base}", "{adapter}", given.dtype, "{out}"]
+        peers["mergekit-yaml"] = mergekit
+    peers |= {name: shlex.split(command) for name, _, command in (peer.partition("=") for peer in given.peer)}
     report: dict[str, Any] = {"dtype": given.dtype, "rounds": given.rounds, "cores": os.cpu_count(), "sizes": []}
     for times in sorted({1, given.grow}):
         folder = given.work / f"{given.dtype}-{given.layers * times}"
@@ -226,11 +256,15 @@ def main() -> None:
             subprocess.run(
                 [PYTHON, "-m", "prolora_tools", *command, "--chunks", "2", "-q"], check=True, stdout=subprocess.DEVNULL
             )
-        commands = ways(folder, peft=not given.no_peft and times == 1)
+        commands = ways(folder, peers)
         if times > 1:
             commands = {name: commands[name] for name in ("cp -r", "merge LoRA", "merge PRoLoRA")}
         rounds = given.rounds if times == 1 else 1
         report["sizes"].append({"bytes": n_bytes, "ways": compare(folder, commands, rounds)})
+        if times == 1:
+            size = sum(f.stat().st_size for f in (folder / "adapter").iterdir())
+            report["conversions"] = {"bytes": size, "ways": compare(folder, conversions(folder), given.rounds)}
+        shutil.rmtree(folder / "out", ignore_errors=True)
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
@@ -278,10 +280,16 @@ def merged(report: MergeReport, console: Console) -> None:
     console.print(table)
     if report.output is None:
         console.print()
-        table = _table("tensor", "shape", "what the adapters do to it", left=3)
-        for change in report.changes:
-            table.add_row(change.name, " x ".join(map(str, change.shape)), change.change)
+        alike = Counter((_starred(c.name), c.shape, _starred(c.change)) for c in report.changes)
+        table = _table("tensors", "number", "shape", "what the adapters do to each", left=4)
+        for (name, shape, change), count in alike.items():
+            table.add_row(name, f"{count:,}", " x ".join(map(str, shape)), change)
         console.print(table)
+
+
+def _starred(text: str) -> str:
+    """Numbers that stand between dots, those of layers and experts, as stars."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", text)
 
 
 def verified(report: VerifyReport, console: Console) -> None:

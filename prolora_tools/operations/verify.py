@@ -13,7 +13,7 @@ import numpy as np
 from prolora_tools.files import dtypes
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.checkpoint import Checkpoint
-from prolora_tools.files.stream import PIECE, Files
+from prolora_tools.files.stream import Files
 from prolora_tools.operations.merge_blocks import Blocks
 from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, plan_of
 from prolora_tools.operations.threads import cores, one_blas_thread
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from prolora_tools.files.tensors import StoredTensor
 
 RTOL, ATOL = 1e-5, 1e-6
+PIECE = 1 << 20
+"""Bytes of an untouched tensor that are compared at once."""
 
 
 def verify(
