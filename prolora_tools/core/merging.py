@@ -6,6 +6,7 @@ magnitude / |W + D| * (W + D), norms over the input dims.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,10 @@ class Delta:
     @classmethod
     def of(cls, a: Floats, b: Floats, scaling: float, *, transposed: bool, at: int = 0) -> Delta:
         """From A (r, in) and B (out, r); `transposed` for Conv1D and Embedding weights, stored (in, out)."""
-        return cls(a.T, b.T, scaling, at) if transposed else cls(b, a, scaling, at)
+        left, right = (a.T, b.T) if transposed else (b, a)
+        if math.frexp(scaling)[0] in {0.5, -0.5} and _far_from_limits(left, right, scaling):
+            return cls(left * left.dtype.type(scaling), right, 1.0, at)
+        return cls(left, right, scaling, at)
 
     def add_to(self, weight: Floats, start: int, scratch: Floats) -> None:
         """Add the delta's part in the rows from `start` on to `weight`, in place.
@@ -67,10 +71,28 @@ class Delta:
             last = min(first + step, len(self.left))
             product = scratch[: last - first]
             np.matmul(self.left[first:last], self.right, out=product)
-            np.multiply(product, scaling, out=product)
+            if self.scaling != 1:
+                np.multiply(product, scaling, out=product)
             top, bottom = max(first + self.at, begin), min(last + self.at, end)
             part = weight[top - start : bottom - start]
             np.add(part, product[top - self.at - first : bottom - self.at - first], out=part)
+
+
+def _far_from_limits(left: Floats, right: Floats, scaling: float) -> bool:
+    """Whether no product, sum or partial sum of them is rounded as a subnormal number or overflows, scaled or not.
+
+    A power of two then commutes with every rounding, and may be multiplied into one factor: the same bits, and a
+    pass over the weight less.
+    """
+    low, high = min(abs(scaling), 1.0), max(abs(scaling), 1.0)
+    least, most = low, left.shape[1] * high
+    for factor in (left, right):
+        size = np.abs(factor)
+        smallest, largest = float(size.min(where=size > 0, initial=1)), float(size.max(initial=1))
+        if smallest * low < 2.0**-120 or largest * high > 2.0**120:
+            return False
+        least, most = least * smallest, most * largest
+    return least > 2.0**-90 and most < 2.0**100
 
 
 def row_norms(weight: Floats) -> Floats:

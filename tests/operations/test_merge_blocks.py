@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -117,6 +117,39 @@ def test_a_delta_is_the_same_wherever_a_block_starts(
     delta.add_to(part, start, scratch)
     assert np.array_equal(part, whole[start : start + len(part)])
     np.testing.assert_allclose(whole, (b.astype(float) @ a) * 0.3, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=200, deadline=None)
+@example(power=-20, sign=1, sizes=[100, -125], seed=0, wide=np.float32)
+@example(power=20, sign=1, sizes=[-100, 118], seed=0, wide=np.float32)
+@given(
+    power=st.integers(-20, 20),
+    sign=st.sampled_from([1, -1]),
+    sizes=st.lists(st.integers(-140, 120), min_size=2, max_size=2),
+    seed=st.integers(0, 9),
+    wide=st.sampled_from([np.float32, np.float64]),
+)
+def test_a_scaling_of_a_power_of_two_changes_no_bit_of_the_formula(
+    power: int, sign: int, sizes: list[int], seed: int, wide: Any
+) -> None:
+    """It is multiplied into one factor, unless that could be seen: products that underflow or overflow."""
+    rng = np.random.default_rng(seed)
+    with np.errstate(all="ignore"):
+        a, b = (
+            np.ldexp(rng.standard_normal(s), e).astype(wide) for s, e in zip(((5, 40), (30, 5)), sizes, strict=True)
+        )
+        b[rng.random(b.shape) < 0.2] = 0
+        found = np.zeros((30, 40), dtype=wide)
+        Delta.of(a, b, sign * 2.0**power, transposed=False).add_to(found, 0, np.empty((panel_rows(40), 40), wide))
+        expected = (b @ a) * wide(sign * 2.0**power)
+    assert np.array_equal(found, expected, equal_nan=True)
+
+
+def test_a_scaling_of_a_power_of_two_is_multiplied_in_once() -> None:
+    a, b = np.ones((2, 3), np.float32), np.ones((4, 2), np.float32)
+    assert Delta.of(a, b, 2.0, transposed=False).scaling == 1
+    assert Delta.of(a, b, 3.0, transposed=False).scaling == 3
+    assert Delta.of(a * np.float32(1e-30), b * np.float32(1e-10), 2.0, transposed=False).scaling == 2
 
 
 @settings(max_examples=200, deadline=None)
