@@ -230,10 +230,44 @@ def compare(folder: Path, commands: dict[str, list[str]], rounds: int) -> dict[s
     return result
 
 
+def tables(reports: list[dict[str, Any]]) -> str:
+    """The figures as Markdown."""
+    lines: list[str] = []
+    for report in reports:
+        rounds = f"{report['rounds']} round{'s' * (report['rounds'] > 1)}"
+        parts = [
+            (f"{report['dtype']}, {size['bytes'] / 1e9:.2f} GB", "cp -r", size["ways"]) for size in report["sizes"]
+        ]
+        made = report["conversions"]
+        parts.append((f"adapter of {made['bytes'] / 1e6:.0f} MB", "safetensors", made["ways"]))
+        for title, first, found in parts:
+            lines += [
+                f"| {title} ({rounds}) | durable s | to {first}: median | min | max | CPU s | MB |",
+                "|---|" + "---|" * 6,
+            ]
+            for name, row in found.items():
+                times, ratio = ", ".join(f"{t:.2f}" for t in row["durable_s"]), row["to_first"]
+                figures = f"{ratio['median']:.2f} | {ratio['min']:.2f} | {ratio['max']:.2f} | {row['cpu_s']:.1f}"
+                lines.append(f"| {name} | {times} | {figures} | {row['anonymous_mb']:.0f} |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def write_page(page: Path, json_files: list[Path]) -> None:
+    """Put the tables of some runs between the marks of a Markdown page."""
+    start, end = "<!-- figures -->\n", "<!-- end of figures -->"
+    text = page.read_text()
+    before, rest = text.split(start)
+    after = rest.split(end)[1]
+    found = tables([json.loads(file.read_text()) for file in json_files])
+    page.write_text(f"{before}{start}\n{found}\n{end}{after}")
+
+
 def main() -> None:
     """Make, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--page", type=Path, help="run nothing: put the figures of the JSON files WORK/*.json here")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--grow", type=int, default=4, help="also merge so many times the layers; 1 for not")
     parser.add_argument("--rounds", type=int, default=5)
@@ -242,6 +276,9 @@ def main() -> None:
     parser.add_argument("--mergekit", help="its mergekit-yaml, from an environment of its own")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="{base} {adapter} {out}")
     given = parser.parse_args()
+    if given.page:
+        write_page(given.page, sorted(given.work.glob("*.json")))
+        return
     peers = {} if given.no_peft else {"PEFT merge_and_unload": [PYTHON, "-c", PEFT, "{base}", "{adapter}", "{out}"]}
     if given.mergekit:
         mergekit = ["sh", "-c", MERGEKIT, given.mergekit, "{base}", "{adapter}", given.dtype, "{out}"]
