@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from prolora_tools.core.sharing import expand
-from prolora_tools.errors import InputError, UnsupportedError, first_line
+from prolora_tools.errors import InputError, UnsupportedError
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.checkpoint import require_folder
 from prolora_tools.files.config import FILE, AdapterConfig, dump
-from prolora_tools.files.tensors import LoadedTensor, StoredTensor, check_finite, read_header, reading
+from prolora_tools.files.pickled import read_whole
+from prolora_tools.files.tensors import StoredTensor, check_finite, read_header
 from prolora_tools.files.writer import write_file, write_safetensors
 
 if TYPE_CHECKING:
@@ -256,46 +257,7 @@ def read_weights(file: Path) -> dict[str, StoredTensor]:
     Raises:
         InputError: it is missing or broken, or holds anything but float tensors.
     """
-    return read_header(file)[0] if file.suffix == ".safetensors" else _read_bin(file)
-
-
-def _read_bin(file: Path) -> dict[str, StoredTensor]:
-    """A pickled state dict, through torch's weights_only unpickler and nothing else."""
-    import torch  # noqa: PLC0415 - the one place where reading an adapter needs torch
-
-    with reading(file):
-        file.open("rb").close()
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        entries = state.items() if isinstance(state, dict) else [("", state)]
-        return {name: _loaded(file, name, value) for name, value in entries}
-    except InputError:
-        raise
-    except Exception as error:  # a broken pickle makes torch raise anything, IndexError and TypeError too
-        # The whole message of an UnpicklingError advises to run the code all the same.
-        why = re.search("(WeightsUnpickler error|Trying to load unsupported GLOBAL).*", str(error))
-        raise InputError(
-            "bin-unreadable",
-            f"{file}: torch.load(weights_only=True) refuses it: {why[0] if why else first_line(error)}",
-            hint="the file is damaged, or holds code; get the adapter as safetensors",
-        ) from error
-
-
-def _loaded(file: Path, name: object, value: object) -> LoadedTensor:
-    """One entry of a state dict."""
-    import torch  # noqa: PLC0415 - seconds of import
-
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    tensor = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.dtype in names
-    if not isinstance(name, str) or not tensor:
-        raise InputError(
-            "bin-content",
-            f"{file}: the entry {name!r} is a {type(value).__name__}, expected a float tensor by its name",
-            hint="get the adapter as safetensors",
-        )
-    assert isinstance(value, torch.Tensor)
-    raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return LoadedTensor(name, names[value.dtype], tuple(value.shape), file, 0, len(raw), raw)
+    return read_header(file)[0] if file.suffix == ".safetensors" else read_whole(file)
 
 
 class _Sorter:

@@ -16,8 +16,9 @@ from prolora_tools.core.geometry import Geometry, Sharing, ceil_div, default_str
 from prolora_tools.errors import InputError, MismatchError, ProloraError, RequestError
 from prolora_tools.files import keys
 from prolora_tools.files.adapter import BIN, SAFETENSORS, Adapter, FactorSpec, read_weights, write_adapter
-from prolora_tools.files.checkpoint import Checkpoint, require_folder
+from prolora_tools.files.checkpoint import require_folder
 from prolora_tools.files.config import FORMAT_VERSION, AdapterConfig
+from prolora_tools.files.quantised import open_base
 from prolora_tools.files.tensors import StoredTensor, check_finite
 from prolora_tools.files.writer import check_target, staged
 from prolora_tools.operations.compress import compress
@@ -26,6 +27,7 @@ from prolora_tools.progress import SILENT, Progress
 from prolora_tools.reports import ConversionReport
 
 if TYPE_CHECKING:
+    from prolora_tools.files.checkpoint import Checkpoint
     from prolora_tools.files.dtypes import Floats
 
 _ROLES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_A_vec": "A_unshared", ".lora_B_vec": "B_unshared"}
@@ -73,7 +75,7 @@ def convert_official(
     wanted = (chunks, chunks) if isinstance(chunks, int) else chunks
     if wanted is not None:
         Geometry(config.r, 0, *wanted)  # raises where the request itself is out of range
-    modules = _modules(file, config, tensors, None if base is None else Checkpoint.open(Path(base)))
+    modules = _modules(file, config, tensors, None if base is None else open_base(Path(base)))
     rank, unshared = _ranks(file, config, modules)
     geometry = Geometry(
         rank,

@@ -20,6 +20,7 @@ from prolora_tools.files import dtypes
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.checkpoint import INDEX, SINGLE, Checkpoint
 from prolora_tools.files.config import FILE, dump
+from prolora_tools.files.quantised import CONFIGS, PARTS, open_base
 from prolora_tools.files.stream import Files, copy_span, reserve, start_writeback, write_at
 from prolora_tools.files.tensors import layout, reading
 from prolora_tools.files.writer import abandoned_bytes, check_target, copy_file, staged, write_file
@@ -75,11 +76,13 @@ def merge(
     Args:
         adapter: the adapter's folder.
         out: the folder to write.
-        base: the base model's folder, safetensors in one file or with an index.
+        base: the base model's folder, safetensors or `.bin` files, one or with an index. Weights quantised by
+            bitsandbytes or as FP8 are read as the floats they stand for.
         more: folders of further adapters, merged in the same pass.
         weights: what each adapter's deltas are multiplied with, the first adapter's first; none for 1 each.
         scale: what all of them are multiplied with besides.
-        dtype: torch's name of the output dtype; None keeps each tensor's.
+        dtype: torch's name of the output dtype; None keeps each tensor's, and gives quantised ones that of
+            config.json, or bfloat16.
         max_shard_size: bytes a shard may have; None keeps the base's files.
         copy_code: carry the base's `.py` files along too.
         overwrite: replace `out` if it is a model folder.
@@ -105,7 +108,7 @@ def merge(
             f"the shard size is {max_shard_size}, expected at least 1 byte",
             hint="for example --max-shard-size 5GB",
         )
-    adapters, checkpoint = [Adapter.open(Path(a)) for a in (adapter, *more)], Checkpoint.open(Path(base))
+    adapters, checkpoint = [Adapter.open(Path(a)) for a in (adapter, *more)], open_base(Path(base))
     opened, wanted = adapters[0], None if dtype is None else dtypes.parse(dtype)
     plan, weights = plan_of(adapters, checkpoint, weights, scale, wanted)
     shards = all_shards = _shards(plan, checkpoint, max_shard_size)
@@ -148,7 +151,7 @@ def _request(
     adapters: list[Adapter], weights: Sequence[float], base: Checkpoint, shards: list[_Shard], dtype: str | None
 ) -> str:
     """What a finished shard depends on: a run with another request keeps nothing of it."""
-    files = [base.folder / name for name in base.shards]
+    files = [*base.files, base.folder / "config.json"]
     parts: list[object] = [
         __version__,
         dtype,
@@ -199,8 +202,10 @@ def _shards(plan: MergePlan, base: Checkpoint, max_shard_size: int | None) -> li
 def _laid_out(name: str, tensors: dict[str, OutputTensor], base: Checkpoint) -> _Shard:
     """Keep the base file's header and offsets where nothing in them changes; make new ones otherwise."""
     old = base.shards.get(name, {})
-    same = list(old) == list(tensors) and all(
-        (t.dtype, t.shape) == (old[k].dtype, old[k].shape) for k, t in tensors.items()
+    same = (
+        base.as_stored
+        and list(old) == list(tensors)
+        and all((t.dtype, t.shape) == (old[k].dtype, old[k].shape) for k, t in tensors.items())
     )
     if same and old:
         start = min(t.begin for t in old.values())
@@ -355,13 +360,15 @@ def _index(shards: list[_Shard], base: Checkpoint) -> dict[str, Any]:
 def _config(base: dict[str, Any], plan: MergePlan, dtype: str | None) -> dict[str, Any]:
     """config.json of the merged model: the base's with what the merge changed."""
     config = dict(base)
-    nested = {k: dict(v) for k, v in config.items() if k in {"text_config", "llm_config"} and isinstance(v, dict)}
+    nested = {k: dict(v) for k, v in config.items() if k in PARTS and isinstance(v, dict)}
     config |= nested
     for part in (config, *nested.values()):
         if plan.untied and (part is config or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
         if plan.vocab_size is not None and part.get("vocab_size") == plan.old_vocab_size:
             part["vocab_size"] = plan.vocab_size
+        for key in CONFIGS:
+            part.pop(key, None)  # what was quantised is written as floats
         for key in ("dtype", "torch_dtype"):
             if dtype is not None and key in part:
                 part[key] = dtype
@@ -399,7 +406,7 @@ def _report(
     free: int,
 ) -> MergeReport:
     tensors = list(plan.tensors.values())
-    notes = [note for adapter in adapters for note in adapter.notes]
+    notes = [*(note for adapter in adapters for note in adapter.notes), *base.notes]
     if "auto_map" in base.config and not any(name.endswith(".py") for name in carried):
         notes.append("config.json names custom code (auto_map) that was not carried along; --copy-code does")
     dtypes_out = {t.dtype for t in tensors if t.changed}

@@ -11,6 +11,7 @@ import numpy as np
 from prolora_tools.core.merging import Delta, column_norms, panel_rows, row_norms
 from prolora_tools.errors import InputError
 from prolora_tools.files import dtypes
+from prolora_tools.files.quantised import QuantisedTensor
 from prolora_tools.files.tensors import check_finite
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from prolora_tools.files.adapter import AdapterModule
     from prolora_tools.files.dtypes import Floats
     from prolora_tools.files.stream import Files
+    from prolora_tools.files.tensors import StoredTensor
     from prolora_tools.operations.merge_plan import OutputTensor, Update
 
 
@@ -135,18 +137,25 @@ class Blocks:
                 self._kept[module.weight_name] = module.expert_factors()
             return self._kept[module.weight_name]
 
+    def _read(self, source: StoredTensor, begin: int, values: Floats) -> Floats:
+        """The source's numbers from flat index `begin` on, in `values` or in a buffer of their bytes."""
+        if isinstance(source, QuantisedTensor):
+            source.read_items(self.files, begin, values)
+            return values
+        size = dtypes.ITEM_BITS[source.dtype] // 8
+        raw = self._buffer("raw", values.size * size)
+        self.files.read_into(source, begin * size, raw)
+        return dtypes.decode_into(raw, source.dtype, values)
+
     def _weights(self, tensor: OutputTensor, parts: _Parts, start: int, stop: int) -> Iterator[tuple[int, Floats]]:
         """The block's values before rounding, float32 (float64 for an F64 source)."""
         _, columns = tensor.matrix
         step, source, wide = self.rows_of(tensor), tensor.source, np.dtype(_wide(tensor))
-        row_bytes = columns * dtypes.ITEM_BITS[source.dtype] // 8
         replaced = {row: i for i, row in enumerate(tensor.tokens.indices)} if tensor.tokens else {}
         for at in range(start, stop, step):
             n = min(step, stop - at)
-            raw = self._buffer("raw", n * row_bytes)
-            self.files.read_into(source, at * row_bytes, raw)
             values = self._buffer("weight", n * columns * wide.itemsize).view(wide)
-            weight = dtypes.decode_into(raw, source.dtype, values).reshape(n, columns)
+            weight = self._read(source, at * columns, values).reshape(n, columns)
             with np.errstate(all="ignore"):  # what is not finite is an error of its own, told by __call__
                 if parts.deltas:
                     high = panel_rows(columns)

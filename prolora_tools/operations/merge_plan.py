@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prolora_tools.errors import MismatchError, RequestError, UnsupportedError
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.adapter import is_embedding
+from prolora_tools.files.quantised import QuantisedTensor
 from prolora_tools.operations.resolution import Place, Resolution, missing, module_missing, resolve
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class OutputTensor:
     @property
     def copied(self) -> bool:
         """Whether its bytes are the source's."""
-        return self.dtype == self.source.dtype and not self.updates and not self.biases and self.tokens is None
+        as_stored = self.dtype == self.source.dtype and not isinstance(self.source, QuantisedTensor)
+        return as_stored and not self.updates and not self.biases and self.tokens is None
 
     @property
     def change(self) -> str:
@@ -183,11 +185,11 @@ def plan_merge(adapter: Adapter, base: Checkpoint, dtype: str | None) -> MergePl
         dtype: the output dtype of every float tensor, None to keep each one's.
 
     Raises:
-        UnsupportedError: a quantised base, or one whose tensors do not map one to one.
+        UnsupportedError: a base whose tensors do not map one to one, or are quantised the other way round.
         MismatchError: adapter and base do not belong together.
     """
-    refuse_quantised(base)
     bound, resolution = resolve(adapter, base)
+    _refuse_turned(base, resolution)
     _check_coverage(bound, resolution)
     changes = _Planner(bound, base, resolution)
     tensors = {key: changes.output(key) for key in base.tensors}
@@ -271,16 +273,17 @@ def _conflict(key: str, first: Adapter, second: Adapter) -> MismatchError:
     )
 
 
-def refuse_quantised(base: Checkpoint) -> None:
-    """Raises UnsupportedError for a base with a quantization_config: its integers take no delta."""
-    quantisation = base.config.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        raise UnsupportedError(
-            "base-quantised",
-            f"{base.folder}/config.json has a quantization_config ({method}): packed weights take no delta",
-            hint="merge into the original float model, and quantise the result",
-        )
+def _refuse_turned(base: Checkpoint, resolution: Resolution) -> None:
+    """Refuse quantised Conv1D weights: transformers turns them round, (in, out) to (out, in), when it quantises."""
+    for name in sorted(resolution.in_out):
+        key = resolution.keys.get(name, "")
+        stored = base.tensors.get(key)
+        if isinstance(stored, QuantisedTensor) and len(stored.shape) == 2:
+            raise UnsupportedError(
+                "base-quantised-conv1d",
+                f"{base.folder}: {key!r} is quantised, and of a Conv1D layer, whose weights are stored transposed then",
+                hint="merge into the original float model, and quantise the result",
+            )
 
 
 def _check_coverage(adapter: Adapter, resolution: Resolution) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.errors import InputError, MismatchError, UnsupportedError, first_line
-from prolora_tools.files.adapter import AdapterModule
+from prolora_tools.files.adapter import AdapterModule, is_embedding
 from prolora_tools.files.keys import matches_parameter
 
 if TYPE_CHECKING:
@@ -98,7 +98,10 @@ def resolve(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, Resolution]:
         InputError: transformers cannot build the model from config.json.
     """
     names = touched(adapter)
-    linear = not adapter.config.target_parameters and all(m.kind == "linear" for m in adapter.modules.values())
+    linear = not adapter.config.target_parameters and all(
+        m.kind == "linear" and not is_embedding(m.path)  # a head may be tied, and be stored all the same
+        for m in adapter.modules.values()
+    )
     dense = base.config.get("model_type") in LINEAR_ONLY and linear
     if dense and not adapter.whole and not adapter.tokens and all(n in base.tensors for n in names):
         return adapter, Resolution({name: name for name in base.tensors})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from prolora_tools.core.budget import LinearShape, lora_parameters, vera_parameters
 from prolora_tools.errors import InputError
 from prolora_tools.files.adapter import Adapter
-from prolora_tools.files.checkpoint import Checkpoint
+from prolora_tools.files.quantised import open_base
 from prolora_tools.operations.shapes import structure
 from prolora_tools.reports import BudgetReport, Comparison, Group, ModuleBudget
 
@@ -30,14 +30,14 @@ def stats(adapter: str | Path, *, base: str | Path | None = None) -> BudgetRepor
 
     Raises:
         InputError: the adapter or the base is missing or broken.
-        UnsupportedError: a kind of adapter that is refused.
+        UnsupportedError: a kind of adapter that is refused, or a base that is quantised in a way that is not read.
     """
     opened = Adapter.open(Path(adapter))
     modules = [
         module_budget(m.path, m.in_features, m.out_features, m.geometry, n_bytes=m.n_bytes)
         for m in opened.modules.values()
     ]
-    base_parameters = Checkpoint.open(Path(base)).parameters if base is not None else None
+    base_parameters = open_base(Path(base)).parameters if base is not None else None
     others = opened.other_tensors
     return budget_report(
         str(adapter),

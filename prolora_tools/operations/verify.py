@@ -13,6 +13,7 @@ import numpy as np
 from prolora_tools.files import dtypes
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.checkpoint import Checkpoint
+from prolora_tools.files.quantised import open_base, quantisation
 from prolora_tools.files.stream import Files
 from prolora_tools.operations.merge_blocks import Blocks
 from prolora_tools.operations.merge_plan import MergePlan, OutputTensor, plan_of
@@ -66,7 +67,7 @@ def verify(
         UnsupportedError: a kind of adapter or base that is refused.
         MismatchError: adapter and base do not belong together.
     """
-    adapters, checkpoint = [Adapter.open(Path(a)) for a in (adapter, *more)], Checkpoint.open(Path(base))
+    adapters, checkpoint = [Adapter.open(Path(a)) for a in (adapter, *more)], open_base(Path(base))
     found = Checkpoint.open(Path(merged))
     plan, _ = plan_of(adapters, checkpoint, weights, scale, None)
     problems = [
@@ -117,6 +118,8 @@ def _config_problems(config: dict[str, Any], plan: MergePlan) -> list[TensorProb
         problems.append(
             TensorProblem("config.json", "tie_word_embeddings is not false, so the head would take the embedding")
         )
+    if quantisation(config) is not None:
+        problems.append(TensorProblem("config.json", "names a quantisation, and the weights are floats"))
     sizes = [part.get("vocab_size") for part in (config, *config.values()) if isinstance(part, dict)]
     if plan.vocab_size is not None and plan.vocab_size not in sizes:
         problems.append(TensorProblem("config.json", f"vocab_size is not {plan.vocab_size}, the embedding's rows"))
