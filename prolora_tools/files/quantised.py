@@ -386,7 +386,7 @@ def _scaled(tensor: StoredTensor, scales: StoredTensor, config: dict[str, Any], 
     if 0 in sides or not tensor.items or grid[0] not in {1, above} or not (powers or scales.dtype in dtypes.FLOATS):
         raise _bad(
             scales,
-            f"is {scales.dtype} {list(scales.shape)}, which are no scales for {list(tensor.shape)} in blocks of {block}",
+            f"is {scales.dtype} {list(scales.shape)}, no scales for {list(tensor.shape)} in blocks of {block}",
         )
     where = (tensor.file, tensor.begin, tensor.n_bytes)
     return Float8(tensor.name, dtype, tensor.shape, *where, tensor, scales, grid, sides)
