@@ -71,9 +71,7 @@ class Checkpoint:
         """
         config = read_model_config(folder)
         other = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
-        notes = (
-            (f"{', '.join(other[:2])}{', ...' if other[2:] else ''} is there too and was not read",) if other else ()
-        )
+        notes = tuple(f"{name} is there too and was not read; safetensors files were" for name in other[:1])
         if (folder / INDEX).is_file():
             return cls._open_index(folder, config, INDEX, notes=notes)
         if (folder / SINGLE).is_file():
