@@ -344,7 +344,7 @@ def _eight_bit(base: Checkpoint, tensor: StoredTensor, dtype: str) -> EightBit:
         raise _bad(tensor, f"is {tensor.dtype} {list(tensor.shape)} beside an SCB, expected I8 with 2 dims")
     layout = base.tensors.get(f"{path}.weight_format")
     if layout is not None and any(layout.read_bytes()):
-        raise _bad(layout, "says that the weight is not stored row by row, as bitsandbytes has done since 0.45")
+        raise _bad(layout, "says that the weight is not stored row by row, which is the only layout that is read")
     scales = _part(base, tensor, f"{path}.SCB", "F32", tensor.shape[0])
     return EightBit(tensor.name, dtype, tensor.shape, tensor.file, tensor.begin, tensor.n_bytes, tensor, scales)
 
@@ -385,8 +385,7 @@ def _scaled(tensor: StoredTensor, scales: StoredTensor, config: dict[str, Any], 
     powers = scales.dtype in {"F8_E8M0", "U8"}
     if 0 in sides or not tensor.items or grid[0] not in {1, above} or not (powers or scales.dtype in dtypes.FLOATS):
         raise _bad(
-            scales,
-            f"is {scales.dtype} {list(scales.shape)}, no scales for {list(tensor.shape)} in blocks of {block}",
+            scales, f"is {scales.dtype} {list(scales.shape)}, no scales for {list(tensor.shape)} in blocks of {block}"
         )
     where = (tensor.file, tensor.begin, tensor.n_bytes)
     return Float8(tensor.name, dtype, tensor.shape, *where, tensor, scales, grid, sides)

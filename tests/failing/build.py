@@ -21,6 +21,8 @@ import shutil
 import struct
 import sys
 import tempfile
+import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,6 +222,43 @@ def pickled(state: object) -> bytes:
 def evil_bin() -> bytes:
     """A `.bin` adapter with code in it."""
     return pickled({f"base_model.model.{Q}.lora_A.weight": Evil()})
+
+
+class Stored:
+    """A float32 tensor in a state dict: which record holds its storage, how it lies there."""
+
+    def __init__(self, record: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        self.record, self.shape, self.strides = record, shape, strides
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from torch._utils import _rebuild_tensor_v2
+
+        return _rebuild_tensor_v2, (_Storage(self.record), 0, self.shape, self.strides, False, OrderedDict())
+
+
+@dataclass(frozen=True)
+class _Storage:
+    record: str
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: object) -> object:
+        if not isinstance(value, _Storage):
+            return None
+        import torch
+
+        return "storage", torch.FloatStorage, value.record, "cpu", 16
+
+
+def zipped(state: object, *, method: int = zipfile.ZIP_STORED) -> bytes:
+    """A state dict in the layout of torch.save, its storages 16 numbers each, in records packed by `method`."""
+    tree, archive = io.BytesIO(), io.BytesIO()
+    _Pickler(tree, protocol=2).dump(state)
+    with zipfile.ZipFile(archive, "w") as z:
+        for name, raw in (("data.pkl", tree.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):
+            z.writestr(zipfile.ZipInfo(f"archive/{name}"), raw)
+        z.writestr(zipfile.ZipInfo("archive/data/0"), numbers(4, 4).data, method)
+    return archive.getvalue()
 
 
 def with_bin(raw: bytes) -> Files:
@@ -438,12 +477,83 @@ def pickles() -> Iterator[Case]:
     yield Case("bin-content--list", EXPAND, with_bin(pickled([1.0, 2.0])))
 
 
+def base_bin(raw: bytes, name: str = "pytorch_model.bin") -> Files:
+    """A base whose weights are a pickle."""
+    return {**adapter(), "base/config.json": text({"model_type": "llama"}), f"base/{name}": raw}
+
+
+def pickled_bases() -> Iterator[Case]:
+    sound = {f"{Q}.weight": Stored("0", (4, 4), (4, 1))}
+    old = pickled({f"{Q}.weight": 1.0})
+    yield Case("bin-old", MERGE, base_bin(old))
+    yield Case("bin-old--pointer", MERGE, base_bin(b"version https://git-lfs.github.com/spec/v1\n"))
+    turned = {f"{Q}.weight": Stored("0", (4, 4), (1, 4))}
+    yield Case("bin-not-contiguous", MERGE, base_bin(zipped(turned)))
+    yield Case("bin-places", MERGE, base_bin(zipped(sound, method=zipfile.ZIP_DEFLATED)))
+    refuses = "refuses it:"
+    yield Case("bin-unreadable--base", MERGE, base_bin(b"PK\x03\x04 no zip"), foreign=refuses)
+    yield Case("bin-unreadable--base-code", MERGE, base_bin(zipped({**sound, "x": Evil()})), foreign=refuses)
+    yield Case("bin-content--base", MERGE, base_bin(zipped({**sound, "step": 3})))
+    index = {"weight_map": {f"{Q}.weight": "pytorch_model-1.bin", f"{Q1}.weight": "pytorch_model-1.bin"}}
+    shard = {"base/pytorch_model-1.bin": zipped(sound)}
+    yield Case("index-tensor-missing--bin", MERGE, {**base_bin(text(index), "pytorch_model.bin.index.json"), **shard})
+    outside = {"weight_map": {f"{Q}.weight": "../pytorch_model.bin"}}
+    yield Case("index-file-name--pickled", MERGE, base_bin(text(outside), "pytorch_model.bin.index.json"))
+    safe = {"weight_map": {f"{Q}.weight": "model.safetensors-1"}}
+    yield Case("index-file-name--other", MERGE, base_bin(text(safe), "pytorch_model.bin.index.json"))
+
+
+def quantised() -> Iterator[Case]:
+    four, eight, fp8 = ({"quantization_config": {"quant_method": m}} for m in ("bitsandbytes", "bitsandbytes", "fp8"))
+    name = f"{Q}.weight"
+    packed = {name: Tensor("U8", (8, 1), bytes(8))}
+    told = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [4, 4]}
+
+    def state(value: object) -> dict[str, Tensor]:
+        raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+        return {f"{name}.quant_state.bitsandbytes__nf4": Tensor("U8", (len(raw),), raw)}
+
+    def case(variant: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Case:
+        return Case(f"base-quantised-tensor{variant}", MERGE, {**adapter(), **base(config, tensors)})
+
+    scales, codes = {f"{name}.absmax": numbers(1)}, {f"{name}.quant_map": numbers(16)}
+    yield case("", four, {**packed, **state(told), **codes})
+    yield case("--no-state", four, {**packed, **scales, **codes})
+    yield case("--hub-header", four, {**packed, **state(bytes(40)), **scales, **codes})
+    yield case("--size", four, {**packed, **state({**told, "shape": [4, 5]}), **scales, **codes})
+    yield case("--absmax", four, {**packed, **state(told), **codes, f"{name}.absmax": numbers(2)})
+    whole = {name: Tensor("I8", (4, 4), bytes(16))}
+    yield case("--int8", eight, {**whole, f"{Q}.SCB": numbers(3)})
+    yield case("--int8-alone", eight, whole)
+    layout = {f"{Q}.weight_format": Tensor("U8", (), b"\2")}
+    yield case("--int8-layout", eight, {**whole, f"{Q}.SCB": numbers(4), **layout})
+    yield case("--int8-dtype", eight, {name: numbers(4, 4), f"{Q}.SCB": numbers(4)})
+    small_gpt2 = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 4, "n_layer": 1, "n_head": 1,
+        "vocab_size": 6, "n_positions": 8,
+    }  # fmt: skip
+    turned = "transformer.h.0.attn.c_attn"
+    conv = {
+        f"{turned}.weight": Tensor("I8", (12, 4), bytes(48)),
+        f"{turned}.SCB": numbers(12),
+        f"{turned}.bias": numbers(12),
+    }
+    gpt2 = adapter({"target_modules": ["c_attn"]}, factors(turned, dims=(4, 12)))
+    yield Case("base-quantised-conv1d", MERGE, {**gpt2, **base({**small_gpt2, **eight}, conv)})
+    small = {name: Tensor("F8_E4M3", (4, 4), bytes(16))}
+    yield case("--fp8", fp8, {**small, f"{name}_scale_inv": numbers(3)})
+    yield case("--fp8-other", fp8, {**whole, f"{name}_scale_inv": numbers(1)})
+
+
 def checkpoint() -> Iterator[Case]:
     config = {"base/config.json": text({"model_type": "llama"})}
     yield Case("base-no-config", MERGE, {**adapter(), "base/model.safetensors": safetensors({})})
     yield Case("base-no-config--plan", PLAN, {"base/README.md": b"nothing here\n"}, 1)
     yield Case("base-no-weights", MERGE, {**adapter(), **config})
-    yield Case("base-bin", MERGE, {**adapter(), **config, "base/pytorch_model.bin": b"\x80"})
+    yield Case("base-bin", MERGE, {**adapter(), **config, "base/pytorch_model-00001-of-00002.bin": b"\x80"})
+    merged = {"merged/config.json": text({}), "merged/pytorch_model.bin": zipped({})}
+    yield Case("base-bin--merged", "verify merged --base base --adapter adapter", {**adapter(), **base(), **merged})
+    yield from pickled_bases()
     yield Case("base-config-field", MERGE, {**adapter(), **base({"model_type": ["llama"]})})
 
     def case(name: str, index: object, shards: Mapping[str, bytes] | None = None) -> Case:
@@ -584,8 +694,10 @@ def merging() -> Iterator[Case]:
     yield from not_finite()
     yield Case("shard-size", f"{MERGE} --max-shard-size 0GB", {**adapter(), **base()}, 2)
 
-    for variant, method in (("", "gptq"), ("--bitsandbytes", "bitsandbytes"), ("--fp8", "fp8"), ("--awq", "awq")):
-        config = {"quantization_config": {"quant_method": method}}
+    yield from quantised()
+    ints = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    for variant, told in (("", {"quant_method": "gptq"}), ("--awq", {"quant_method": "awq"}), ("--ints", ints)):
+        config = {"quantization_config": told}
         yield Case(f"base-quantised{variant}", MERGE, {**adapter(), **base(config)})
     yield Case("base-quantised--odd", MERGE, {**adapter(), **base({"quantization_config": "int8"})})
     yield Case("merge-shape", MERGE, {**adapter(), **base(tensors={f"{Q}.weight": numbers(4, 6)})})

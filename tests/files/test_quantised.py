@@ -272,8 +272,8 @@ def test_the_quantisation_may_stand_in_the_text_config(tmp_path: Path) -> None:
 def broken(name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """A double-quantised weight of 300 rows with one of its tensors replaced, or left out."""
     tensors, _ = four_bit(torch.ones(300, 64).bfloat16(), quant_type="nf4", compress_statistics=True)
-    made = {**tensors, name: value} if value is not None else {k: v for k, v in tensors.items() if k != name}
-    return {k: v for k, v in made.items() if v is not None}
+    others = {k: v for k, v in tensors.items() if k != name}
+    return others if value is None else {**others, name: value}
 
 
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
@@ -306,7 +306,8 @@ def test_parts_that_do_not_fit_are_named(name: str, value: torch.Tensor | None, 
     "told",
     [
         {"shape": None}, {"shape": [-300, -64]}, {"shape": [300.0, 64]}, {"blocksize": 0}, {"blocksize": "64"},
-        {"blocksize": 63}, {"dtype": "float8"}, {"quant_type": "int4"}, {"nested_blocksize": 0}, {"nested_offset": None},
+        {"blocksize": 63}, {"dtype": "float8"}, {"quant_type": "int4"}, {"nested_blocksize": 0},
+        {"nested_offset": None},
     ],
 )  # fmt: skip
 def test_a_quant_state_that_makes_no_sense(told: dict[str, Any], tmp_path: Path) -> None:
@@ -358,7 +359,10 @@ def test_scales_of_what_is_not_fp8_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        *({"quant_method": m} for m in ("gptq", "awq", "hqq", "aqlm", "eetq", "quanto", "torchao", "mxfp4", "modelopt")),
+        *(
+            {"quant_method": m}
+            for m in ("gptq", "awq", "hqq", "aqlm", "eetq", "quanto", "torchao", "mxfp4", "modelopt")
+        ),
         {"quant_method": "compressed-tensors", "format": "pack-quantized"},
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
         {"quant_method": ["bitsandbytes"]},

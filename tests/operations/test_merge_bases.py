@@ -28,7 +28,8 @@ import prolora_tools
 from prolora_tools.errors import ProloraError, UnsupportedError
 from prolora_tools.files.writer import STAGE
 from prolora_tools.operations import merge as merging
-from prolora_tools.operations.manifest import check_manifest
+from prolora_tools.operations.manifest import Journal, check_manifest
+from prolora_tools.operations.merge_blocks import Blocks
 from tests.support import model, tensors_of
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def pickled(folder: Path, source: Path = BASE, shards: int = 0) -> Path:
         torch.save(tensors, folder / "pytorch_model.bin")
         return folder
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"pytorch_model-{i + 1:05}-of-{shards:05}.bin"
         torch.save({name: tensors[name] for name in names[i::shards]}, folder / file)
@@ -162,7 +163,7 @@ def test_resuming_depends_on_the_pickles_and_on_the_config(tmp_path: Path, monke
     """Killed before its last shard, another run keeps the finished ones, but none after the base has changed."""
     base, kept = pickled(tmp_path / "base", shards=3), []
 
-    class Watched(merging.Journal):
+    class Watched(Journal):
         def __init__(self, stage: Path, request: str) -> None:
             super().__init__(stage, request)
             kept.append(sorted(self.finished))
@@ -212,7 +213,7 @@ def test_memory_does_not_grow_with_a_pickle(tmp_path: Path) -> None:
 
 def peak_anonymous(folder: Path, base: Path, layers: int) -> int:
     """KiB of anonymous memory at the end of a merge, freed memory not given back included."""
-    factors = {}
+    factors: dict[str, torch.Tensor] = {}
     for i in range(layers):
         path = f"base_model.model.model.layers.{i}.self_attn.q_proj"
         factors |= {f"{path}.lora_A.weight": torch.ones(2, 2048), f"{path}.lora_B.weight": torch.ones(1024, 2)}
@@ -251,7 +252,7 @@ def big_llama(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     return folder
 
 
-BITS = {
+BITS: dict[str, dict[str, Any]] = {
     "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
@@ -263,7 +264,7 @@ BITS = {
 def quantised(folder: Path, kind: str, *, dtype: torch.dtype = torch.bfloat16, shard: str = "5GB") -> Any:
     """A model that transformers quantised with bitsandbytes, and saved."""
     plain = big_llama(folder.parent / "plain", dtype)
-    bits: dict[str, Any] = BITS[kind]
+    bits = BITS[kind]
     if "load_in_4bit" in bits:
         bits = {**bits, "bnb_4bit_compute_dtype": torch.float32}
     how = BitsAndBytesConfig(**bits)
@@ -357,7 +358,7 @@ def test_parts_of_a_weight_in_other_shards(tmp_path: Path) -> None:
     prolora_tools.merge(tmp_path / "adapter", tmp_path / "whole", base=tmp_path / "base")
     tensors, split = tensors_of(tmp_path / "base"), tmp_path / "split"
     shutil.copytree(tmp_path / "base", split, ignore=shutil.ignore_patterns("*.safetensors"))
-    places = [{}, {}, {}]  # type: list[dict[str, torch.Tensor]]
+    places: list[dict[str, torch.Tensor]] = [{}, {}, {}]
     for i, (name, tensor) in enumerate(tensors.items()):
         places[2 if ".weight." in name else i % 2][name] = tensor
     files = [f"model-{i}.safetensors" for i in range(3)]
@@ -478,7 +479,7 @@ def test_rows_made_by_threads_are_the_same(tmp_path: Path, monkeypatch: pytest.M
     prolora_tools.merge(tmp_path / "adapter", tmp_path / "whole", base=tmp_path / "base")
     monkeypatch.setattr(merging, "TASK_BYTES", 1)
     monkeypatch.setattr(merging, "panel_rows", lambda _: 7)
-    monkeypatch.setattr(merging.Blocks, "rows_of", lambda *_: 3)
+    monkeypatch.setattr(Blocks, "rows_of", lambda *_: 3)
     prolora_tools.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
     for name, tensor in tensors_of(tmp_path / "whole").items():
         torch.testing.assert_close(tensors_of(tmp_path / "out")[name].float(), tensor.float(), rtol=2**-7, atol=1e-6)
