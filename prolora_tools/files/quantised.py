@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ml_dtypes import float8_e4m3fn, float8_e5m2, float8_e8m0fnu
 
 from prolora_tools.errors import InputError, UnsupportedError
 from prolora_tools.files import dtypes
@@ -181,19 +182,11 @@ class Float8(QuantisedTensor):
         out[:] = values.reshape(-1)
 
 
-def _e4m3() -> Numbers:
-    """What the bytes of float8_e4m3fn stand for: 4 bits of exponent, bias 7, no inf, nan where all bits are set."""
-    code = np.arange(128)
-    exponent, mantissa = code >> 3, code & 7
-    values = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), np.ldexp(1 + mantissa / 8, exponent - 7))
-    values[127] = np.nan
-    return np.concatenate([values, -values]).astype(np.float32)
-
-
 _FP8: dict[str, Numbers] = {
-    "F8_E4M3": _e4m3(),
-    "F8_E5M2": (np.arange(256, dtype="<u2") << 8).view("<f2").astype(np.float32),  # the high half of a float16
+    name: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    for name, dtype in (("F8_E4M3", float8_e4m3fn), ("F8_E5M2", float8_e5m2))
 }
+"""What each byte stands for."""
 
 
 def _floats(files: Files, tensor: StoredTensor, begin: int, end: int) -> Numbers:
@@ -202,9 +195,7 @@ def _floats(files: Files, tensor: StoredTensor, begin: int, end: int) -> Numbers
     raw = np.empty((end - begin) * size, dtype=np.uint8)
     files.read_into(tensor, begin * size, raw)
     if tensor.dtype in {"F8_E8M0", "U8"}:
-        exponents = raw.astype(np.float32)
-        exponents -= 127
-        return np.exp2(exponents)
+        return np.array(raw.view(float8_e8m0fnu), dtype=np.float32)
     return np.array(dtypes.decode(raw, tensor.dtype), dtype=np.float32)
 
 
