@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,10 +28,13 @@ from transformers import (
 
 import prolora_tools
 from prolora_tools.errors import ProloraError, UnsupportedError
+from prolora_tools.files.quantised import open_base
 from prolora_tools.files.writer import STAGE
 from prolora_tools.operations import merge as merging
 from prolora_tools.operations.manifest import Journal, check_manifest
 from prolora_tools.operations.merge_blocks import Blocks
+from tests.operations.test_fused import VARIANTS
+from tests.operations.test_variants import trained
 from tests.support import model, tensors_of
 
 if TYPE_CHECKING:
@@ -519,3 +524,31 @@ def test_spoilt_scales(change: Callable[[dict[str, torch.Tensor]], None], code: 
         prolora_tools.merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
     assert caught.value.code == code
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["mixtral-experts", "qwen-moe-old-names", "deepseek", "qwen-vl-moe"])
+def test_experts_in_fp8_give_what_their_float_twin_gives(name: str, tmp_path: Path) -> None:
+    """One by one and stacked, through transformers' mapping: in float32, bit for bit."""
+    _, base, adapter = trained(VARIANTS[name], tmp_path)
+    small: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors_of(base).items():
+        if tensor.dim() < 2 or not re.search(r"proj|experts|\.w[123]\.", key):
+            small[key] = tensor
+            continue
+        grid = (*tensor.shape[:-2], *(-(-side // 16) for side in tensor.shape[-2:]))
+        scales = torch.rand(grid, generator=torch.Generator().manual_seed(0)) + 0.5
+        small |= {key: tensor.to(torch.float8_e4m3fn), f"{key}_scale_inv": scales}
+    fp8 = shutil.copytree(base, tmp_path / "fp8", ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(small, fp8 / "model.safetensors", {"format": "pt"})
+    config = json.loads((fp8 / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (fp8 / "config.json").write_text(json.dumps(config))
+    twin = shutil.copytree(base, tmp_path / "twin", ignore=shutil.ignore_patterns("*.safetensors*"))
+    floats = {key: torch.from_numpy(np.array(tensor.read())) for key, tensor in open_base(fp8).tensors.items()}
+    save_file(floats, twin / "model.safetensors", {"format": "pt"})
+    report = prolora_tools.merge(adapter, tmp_path / "out", base=fp8, dtype="float32")
+    prolora_tools.merge(adapter, tmp_path / "expected", base=twin, dtype="float32")
+    assert same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "expected"))
+    assert sum("experts" in key for key in small if key.endswith("_scale_inv")) > 0
+    assert report.merged_tensors > 4
+    assert is_right(tmp_path / "out", fp8, adapter)
