@@ -18,7 +18,9 @@ from prolora_tools.cli.options import DTYPES, shown, size, written
     "--weight", "weights", multiple=True, type=float, help="Of each adapter in turn, ADAPTER's first; or none."
 )
 @click.option("--scale", type=float, default=1.0, show_default=True, help="Multiplies every adapter's delta.")
-@click.option("--dtype", type=DTYPES, help="Store all float tensors in this dtype, instead of the base's (quantised weights: its config's).")
+@click.option(
+    "--dtype", type=DTYPES, help="Store floats in this dtype instead of the base's (quantised: its config's)."
+)
 @click.option("--max-shard-size", type=size, metavar="SIZE", help="Split anew, such as 5GB; without it, as the base.")
 @click.option("--copy-code", is_flag=True, help="Carry the base's custom code (.py) along.")
 @click.option("--allow-nonfinite", is_flag=True, help="Write inf and nan that the base holds or the sum gives.")

@@ -217,7 +217,7 @@ def test_memory_does_not_grow_with_a_pickle(tmp_path: Path) -> None:
 
 
 def peak_anonymous(folder: Path, base: Path, layers: int) -> int:
-    """KiB of anonymous memory at the end of a merge, freed memory not given back included."""
+    """KiB of anonymous memory at the peak of a merge, torch included."""
     factors: dict[str, torch.Tensor] = {}
     for i in range(layers):
         path = f"base_model.model.model.layers.{i}.self_attn.q_proj"
