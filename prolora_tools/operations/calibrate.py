@@ -23,7 +23,7 @@ from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.checkpoint import read_model_config
 from prolora_tools.files.tensors import StoredTensor, read_header, reading
 from prolora_tools.files.writer import write_safetensors, writing
-from prolora_tools.operations.resolution import meta_model
+from prolora_tools.operations.models import meta_model
 from prolora_tools.progress import SILENT, Progress
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from prolora_tools.errors import MismatchError, RequestError, UnsupportedError
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.adapter import is_embedding
 from prolora_tools.files.quantised import QuantisedTensor
-from prolora_tools.operations.resolution import Place, Resolution, missing, module_missing, resolve
+from prolora_tools.operations.mapping import Place, Resolution, module_missing
+from prolora_tools.operations.resolution import missing, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

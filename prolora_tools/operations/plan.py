@@ -11,7 +11,7 @@ from prolora_tools.core.geometry import Geometry
 from prolora_tools.errors import MismatchError, RequestError
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.checkpoint import read_model_config
-from prolora_tools.operations.resolution import meta_model
+from prolora_tools.operations.models import meta_model
 from prolora_tools.operations.stats import budget_report, module_budget
 from prolora_tools.reports import BudgetReport, CandidatesReport, ModuleBudget, PlanCandidate
 
