@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import prolora_tools
 from prolora_tools.errors import ProloraError
@@ -218,3 +219,54 @@ def test_damaged_pickles(seed: int, folder: Path) -> None:
             files, "adapter/adapter_model", seed, lambda: prolora_tools.stats(folder / "adapter"), folder
         )
         (folder / "x.bin").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_damaged_pickled_bases(seed: int, folder: Path) -> None:
+    torch.save({f"{build.Q}.weight": torch.ones(4, 4), "norm": torch.ones(4)}, folder / "x.bin")
+    base = {name: raw for name, raw in BASE.items() if name == "base/config.json"}
+    files = {**PROLORA_FOLDER, **base, "base/pytorch_model.bin": (folder / "x.bin").read_bytes()}
+
+    def use() -> None:
+        prolora_tools.merge(folder / "adapter", folder / "OUT", base=folder / "base")
+        prolora_tools.verify(folder / "OUT", base=folder / "base", adapter=folder / "adapter")
+
+    assert try_damaged(files, "base/pytorch_model", seed, use, folder) > ROUNDS / 4
+
+
+def four_bit() -> dict[str, torch.Tensor]:
+    """A doubly quantised nf4 weight of 4 x 4 in blocks of 2, and its state, as bitsandbytes stores them."""
+    state = {"quant_type": "nf4", "blocksize": 2, "dtype": "bfloat16", "shape": [4, 4]}
+    raw = json.dumps(state | {"nested_blocksize": 4, "nested_dtype": "float32", "nested_offset": 0.5}).encode()
+    return {
+        "": torch.arange(8, dtype=torch.uint8).reshape(8, 1),
+        ".absmax": torch.arange(8, dtype=torch.uint8),
+        ".quant_map": torch.linspace(-1, 1, 16),
+        ".nested_absmax": torch.ones(2),
+        ".nested_quant_map": torch.linspace(-1, 1, 256),
+        ".quant_state.bitsandbytes__nf4": torch.tensor(list(raw), dtype=torch.uint8),
+    }
+
+
+QUANTISED = {
+    "bitsandbytes": four_bit(),
+    "fp8": {"": torch.ones(4, 4).to(torch.float8_e4m3fn), "_scale_inv": torch.ones(2, 2)},
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("method", sorted(QUANTISED))
+def test_damaged_quantised_bases(method: str, seed: int, folder: Path) -> None:
+    save_file({f"{build.Q}.weight{end}": tensor for end, tensor in QUANTISED[method].items()}, folder / "x.safetensors")
+    config = {"model_type": "llama", "quantization_config": {"quant_method": method, "weight_block_size": [2, 2]}}
+    files = {
+        **PROLORA_FOLDER,
+        "base/config.json": json.dumps(config).encode(),
+        "base/model.safetensors": (folder / "x.safetensors").read_bytes(),
+    }
+
+    def use() -> None:
+        prolora_tools.merge(folder / "adapter", folder / "OUT", base=folder / "base", allow_nonfinite=True)
+        prolora_tools.verify(folder / "OUT", base=folder / "base", adapter=folder / "adapter")
+
+    assert try_damaged(files, "base", seed, use, folder) > ROUNDS / 4
