@@ -2,8 +2,8 @@
 
 A path need not be a key: transformers renames modules when it loads, checkpoints of bare models lack a prefix,
 tied heads are not stored. The answer comes from transformers' own mapping on a meta-device model, never from a
-guess. For the common dense architectures whose every path is a key, nothing needs to be asked, and torch
-stays out of the process.
+guess. For the common architectures, where the adapter's paths are keys, nothing needs to be asked, and torch stays out
+of the process.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from prolora_tools.files.adapter import Adapter
     from prolora_tools.files.checkpoint import Checkpoint
 
-LINEAR_ONLY = frozenset(
+PLAIN = frozenset(
     {
-        "bert", "cohere", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "mpnet", "olmo", "olmo2",
-        "phi3", "qwen2", "qwen3", "roberta", "smollm3", "starcoder2", "xlm-roberta",
+        "bert", "cohere", "deepseek_v2", "deepseek_v3", "electra", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4",
+        "glm4_moe", "gpt_oss", "granite", "llama", "mistral", "mixtral", "mpnet", "olmo", "olmo2", "olmo3", "olmoe",
+        "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "roberta", "seed_oss", "smollm3",
+        "stablelm", "starcoder2", "xlm-roberta",
     }
 )  # fmt: skip
-"""model_types whose linear layers are all nn.Linear and whose checkpoints keep the module paths as keys.
-
-A test holds this list to the installed transformers."""
+"""model_types none of whose linear layers is stored (in, out), and whose parameters, where they are stored one by one,
+are stored under their own names. A test holds this list to the installed transformers."""
 
 
 def resolve(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, Resolution]:
@@ -47,8 +48,8 @@ def resolve(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, Resolution]:
         m.kind == "linear" and not is_embedding(m.path)  # a head may be tied, and be stored all the same
         for m in adapter.modules.values()
     )
-    dense = base.config.get("model_type") in LINEAR_ONLY and linear
-    if dense and not adapter.whole and not adapter.tokens and all(n in base.tensors for n in names):
+    plain = base.config.get("model_type") in PLAIN and linear
+    if plain and not adapter.whole and not adapter.tokens and all(n in base.tensors for n in names):
         return adapter, Resolution({name: name for name in base.tensors})
     bound, resolution = _ask_transformers(adapter, base)
     for name in touched(bound):

@@ -226,7 +226,7 @@ def test_experts_of_a_base_without_its_prefix(tmp_path: Path) -> None:
     torch.manual_seed(1)
     network = mixtral()
     base = saved(network, tmp_path / "base")
-    shapes = {f"model.layers.0.block_sparse_moe.experts.{e}.w2": (40, 24) for e in range(4)}
+    shapes = {f"model.layers.{i}.block_sparse_moe.experts.{e}.w2": (40, 24) for i in range(2) for e in range(4)}
     config = {"r": 3, "lora_alpha": 7, "target_modules": ["w2"]}
     adapter = write_adapter(tmp_path / "adapter", config, factors(shapes))
     prolora_tools.merge(adapter, tmp_path / "merged", base=base)
