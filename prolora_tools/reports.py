@@ -294,6 +294,7 @@ class MergeReport(Report):
         dtype: the output dtype asked for, None to keep the base's.
         bytes_free: on the output's disk, before.
         changes: what becomes of each tensor that an adapter has a part in.
+        adapter_tensors: tensors in the adapters' files; each has its place in `changes`, or the merge is refused.
     """
 
     adapter: str
@@ -311,6 +312,7 @@ class MergeReport(Report):
     shards: tuple[ShardReport, ...]
     files: tuple[str, ...]
     changes: tuple[TensorChange, ...] = ()
+    adapter_tensors: int = 0
     notes: tuple[str, ...] = ()
 
 

@@ -265,6 +265,7 @@ def merged(report: MergeReport, console: Console) -> None:
         f"{report.base} + {report.adapter} -> {report.output or '(dry run, nothing written)'}",
         [
             ("parameters", f"{report.parameters:,} ({size(report.bytes)}, {size(report.bytes_free)} free)"),
+            ("adapter tensors", f"{report.adapter_tensors:,}, each with its place"),
             ("tensors merged", f"{report.merged_tensors:,}"),
             ("copied bit for bit", f"{report.copied_tensors:,}"),
             ("converted", f"{report.converted_tensors:,}" if report.converted_tensors else ""),

@@ -204,6 +204,12 @@ class Adapter:
         wrapped = [tensor for factors in self.wrapped.values() for pair in factors for tensor in pair.values()]
         return [*self.whole.values(), *self.tokens.values(), *beside, *wrapped]
 
+    @property
+    def tensor_count(self) -> int:
+        """Tensors in its file."""
+        factors = sum(role not in {"bias", "magnitude"} for m in self.modules.values() for role in m.stored)
+        return factors + len(self.other_tensors)
+
     def require_modules(self) -> Adapter:
         """This adapter. Raises UnsupportedError where it has factors on parameters, which are not known by name."""
         if self.wrapped:

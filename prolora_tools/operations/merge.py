@@ -427,6 +427,7 @@ def _report(
             ShardReport(s.name, s.n_bytes, len(s.tensors), sum(t.changed for t in s.tensors.values())) for s in shards
         ),
         files=tuple(carried),
+        adapter_tensors=sum(a.tensor_count for a in adapters),
         changes=tuple(TensorChange(t.name, t.shape, t.change) for t in tensors if t.changed),
         notes=tuple(notes),
     )

@@ -169,6 +169,7 @@ def test_merged_outputs_are_pefts(name: str, tmp_path: Path) -> None:
     before, after = tensors_of(base), tensors_of(tmp_path / "merged")
     assert set(after) - set(before) == set(report.new_tensors)
     plan = plan_merge(Adapter.open(adapter), Checkpoint.open(base), None)
+    assert report.adapter_tensors == len(tensors_of(adapter))
     assert set(tensors_of(adapter)) <= {n for t in plan.tensors.values() if t.changed for n in used(t)}
     merged, info = type(network.get_base_model()).from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

@@ -199,6 +199,7 @@ def test_every_tensor_of_the_adapter_has_its_place_in_the_plan(variant: str, tmp
     for name in set(tensors) - names:  # a head that stays tied is stored twice, and one of the two is enough
         assert any(torch.equal(tensors[name], tensors[other]) for other in names & set(tensors))
     assert all(t.change for t in changed)
+    assert Adapter.open(adapter).tensor_count == len(tensors)
     assert not any(t.change for t in plan.tensors.values() if not t.changed)
 
 
