@@ -279,10 +279,11 @@ def fit_many(
         quick: a few rounds only, to compare shapes.
     """
     norms = [NO_MOMENTS] * len(pairs) if moments is None else list(moments)
-    tried = [_simple(a, bt, geometry, method, store, m) for (a, bt), m in zip(pairs, norms, strict=True)]
+    simple = [_simple(a, bt, geometry, method, store, m) for (a, bt), m in zip(pairs, norms, strict=True)]
+    tried = [found for found, _ in simple]
     if method in {None, "fit"} and not geometry.is_lora:
         unsolved = [i for i, found in enumerate(tried) if min(t[0] for t in found) > 0.0]
-        starts = [[factors for _, _, _, factors in sorted(tried[i], key=lambda t: t[1])] for i in unsolved]
+        starts = [simple[i][1] for i in unsolved]
         better = _als([pairs[i] for i in unsolved], geometry, starts, [norms[i] for i in unsolved], quick=quick)
         for i, factors in zip(unsolved, better, strict=True):
             rounded = factors.map(store)
@@ -315,21 +316,25 @@ def _simple(
     method: Method | None,
     store: Callable[[AnyMatrix], AnyMatrix],
     moments: Pair,
-) -> list[Tried]:
-    """Averages as asked for, both where they are starts of `fit`; an exact one ends the search."""
+) -> tuple[list[Tried], list[SharedFactors]]:
+    """Averages as asked for, both where they are starts of `fit`, rounded and not; an exact one ends the search."""
     tried: list[Tried] = []
+    made: list[SharedFactors] = []
     makers: dict[Method, Callable[..., SharedFactors]] = {"average": average, "align": align}
     for number, (name, make) in enumerate(makers.items()):
         if method in {None, "fit", name}:
-            factors = make(a, bt, geometry).map(store)
+            made.append(make(a, bt, geometry))
+            factors = made[-1].map(store)
             tried.append((_error((a, bt), factors, geometry, moments), number, name, factors))
             if tried[-1][0] == 0.0:
                 break
-    return tried
+    return tried, made
 
 
 def _error(pair: tuple[AnyMatrix, AnyMatrix], factors: SharedFactors, geometry: Geometry, moments: Pair) -> float:
-    return difference_norm(*pair, *factors.expanded(geometry), moments)
+    """The error of rounded factors; infinite where they are beyond the stored dtype, so that any that hold are better."""
+    error = difference_norm(*pair, *factors.expanded(geometry), moments)
+    return error if np.isfinite(error) else np.inf
 
 
 def _als(

@@ -19,7 +19,7 @@ from prolora_tools.files import dtypes, keys
 from prolora_tools.files.adapter import Adapter, FactorSpec, write_adapter
 from prolora_tools.files.writer import check_target, staged
 from prolora_tools.operations.calibrate import Statistics
-from prolora_tools.operations.shapes import Shapes, chosen, detected, given, settle_strides
+from prolora_tools.operations.shapes import Shapes, chosen, detected, factors, given, settle_strides
 from prolora_tools.operations.stats import module_budget
 from prolora_tools.operations.threads import cores, one_blas_thread
 from prolora_tools.progress import SILENT, Progress
@@ -277,9 +277,9 @@ class _Job:
 
     def _pair(self, path: str) -> tuple[AnyMatrix, AnyMatrix]:
         """A module's factors, rank-first, in the basis in which they are an expansion where they are one."""
-        a, b = self.source.modules[path].factors()
+        pair = factors(self.source.modules[path])
         found = self.shapes.detected.get(path)
-        return (a, b.T) if found is None else found.restored(a, b.T)
+        return pair if found is None else found.restored(*pair)
 
     def moments(self, path: str) -> Pair:
         """The norm of a module: of inputs and of output gradients."""

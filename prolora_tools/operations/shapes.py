@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from prolora_tools.core.allocation import Point, allocate, candidates
 from prolora_tools.core.detection import Detection, detect
 from prolora_tools.core.fitting import Sample, choose_strides, fit_many
@@ -18,7 +20,7 @@ from prolora_tools.operations.threads import cores
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from prolora_tools.core.fitting import Pair
+    from prolora_tools.core.fitting import AnyMatrix, Pair
     from prolora_tools.files.adapter import Adapter, AdapterModule
 
     MomentsOf = Callable[[str], Pair]
@@ -27,6 +29,8 @@ EPS = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 """Rounding units; what is stored in still fewer bits is taken for BF16."""
 _SAMPLES = 8
 """Modules of a shared rank by which its strides are chosen."""
+_LARGEST_NORM = 1e60
+"""Of a factor, and of a module's dW: its fourth power, and sums of them, are float64 numbers."""
 _EVERY = 1 << 25
 """Numbers in an adapter's factors up to which every module's error curve is measured; above, _TYPICAL of a kind."""
 _TYPICAL = 4
@@ -133,9 +137,26 @@ def detected(source: Adapter) -> Shapes:
     return shapes
 
 
-def _detect(module: AdapterModule) -> Detection | None:
+def factors(module: AdapterModule) -> tuple[AnyMatrix, AnyMatrix]:
+    """A and B transposed, whose norms can be computed with.
+
+    Raises:
+        InputError: they are out of range, or as `AdapterModule.factors`.
+    """
     a, b = module.factors()
-    return detect(a, b.T, EPS.get(module.dtype, EPS["BF16"]))
+    norms = [float(np.abs(x).max(initial=0.0)) * x.size**0.5 for x in (a, b)]
+    largest = max(*norms, module.scaling * norms[0] * norms[1])
+    if largest > _LARGEST_NORM:
+        raise InputError(
+            "compress-range",
+            f"{module.path} has factors or a dW of norm up to {largest:.1e}, expected at most {_LARGEST_NORM:.0e}",
+            hint="the training diverged or the file is damaged: use an earlier checkpoint",
+        )
+    return a, b.T
+
+
+def _detect(module: AdapterModule) -> Detection | None:
+    return detect(*factors(module), EPS.get(module.dtype, EPS["BF16"]))
 
 
 def structure(source: Adapter) -> str | None:
@@ -168,8 +189,7 @@ def settle_strides(source: Adapter, shapes: Shapes, moments: MomentsOf) -> None:
         for number in range(min(_SAMPLES, len(paths))):
             path = paths[number * len(paths) // min(_SAMPLES, len(paths))]
             module = source.modules[path]
-            a, b = module.factors()
-            samples.append(Sample(a, b.T, shapes.modules[path], module.scaling**2, moments(path)))
+            samples.append(Sample(*factors(module), shapes.modules[path], module.scaling**2, moments(path)))
         return choose_strides(samples)
 
     with ThreadPoolExecutor(cores()) as pool:
@@ -216,7 +236,7 @@ def _curves(source: Adapter, moments: MomentsOf) -> tuple[dict[str, list[Point]]
     def measure(job: tuple[list[str], Geometry]) -> list[tuple[str, Point, float]]:
         paths, geometry = job
         modules = [source.modules[p] for p in paths]
-        pairs = [(a, b.T) for a, b in (m.factors() for m in modules)]
+        pairs = [factors(m) for m in modules]
         qualities = [q for _, q in fit_many(pairs, geometry, moments=[moments(p) for p in paths], quick=True)]
         size = geometry.parameters(modules[0].in_features, modules[0].out_features)
         return [
@@ -250,8 +270,7 @@ def _typical(
         models = [known[p] for p in paths if p in known]
         for path in paths:
             m = source.modules[path]
-            a, b = m.factors()
-            quality = fit_many([(a, b.T)], Geometry.lora(m.geometry.rank), method="average", moments=[moments(path)])[
+            quality = fit_many([factors(m)], Geometry.lora(m.geometry.rank), method="average", moments=[moments(path)])[
                 0
             ][1]
             norm = (m.scaling * quality.calibrated_norm) ** 2

@@ -243,3 +243,23 @@ def test_strides_that_fit_already_are_kept() -> None:
     geometry = Geometry(8, 0, 2, 2)
     stored = SharedFactors(*(rng.standard_normal(s) for s in ((8, 20), (8, 15), (0, 40), (0, 30))))
     assert choose_strides([Sample(*stored.expanded(geometry), geometry, 1.0)]) == (4, 4)
+
+
+@pytest.mark.parametrize("method", ["fit", None])
+def test_a_method_whose_numbers_overflow_the_dtype_never_wins(method: Any) -> None:
+    """One number of B is beyond float16; the fit gives both factors equal norms, so that its numbers hold."""
+    rng = np.random.default_rng(0)
+    a, bt = 1e-3 * rng.standard_normal((4, 20)), rng.standard_normal((4, 16))
+    bt[0, 0] = 7e4
+
+    def half(x: Any) -> Any:
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(np.float64)
+
+    geometry = Geometry(4, 1, 2, 2)
+    with np.errstate(invalid="ignore"):
+        assert not np.isfinite(half(fit(a, bt, geometry, method="average")[0].b_unshared)).all()
+        made, quality = fit(a, bt, geometry, method=method, store=half)
+    for x in (made.a_chunk, made.b_chunk, made.a_unshared, made.b_unshared):
+        assert np.isfinite(x).all()
+    assert quality.calibrated_error < quality.norm

@@ -608,7 +608,9 @@ def operations() -> Iterator[Case]:
 
     wide = adapter(tensors={**factors(), f"{Q}.lora_B.weight": numbers(4, 2, at={2: 65520})})
     yield Case("factor-overflow", "expand adapter -o OUT --dtype float16", wide)
-    yield Case("factor-overflow--compress", f"{COMPRESS} --dtype float16", wide)
+    yield Case("factor-overflow--compress", f"{COMPRESS} --method average --dtype float16", wide)
+    huge = {name: numbers(*t.shape, dtype="F64", at={1: 1e150}) for name, t in factors().items()}
+    yield Case("compress-range", COMPRESS, adapter(tensors=huge))
     half = {name: numbers(*t.shape, dtype="F16", at={1: 60000}) for name, t in factors().items()}
     scaled = adapter({"use_rslora": True}, half)
     yield Case("factor-overflow--uniform", "expand adapter -o OUT --uniform", scaled)
