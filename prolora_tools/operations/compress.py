@@ -26,7 +26,7 @@ from prolora_tools.progress import SILENT, Progress
 from prolora_tools.reports import CompressionReport, ModuleCompression, add_nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from prolora_tools.core.fitting import AnyMatrix, Pair, SharedFactors
     from prolora_tools.reports import Finish
@@ -49,7 +49,7 @@ def compress(
     ratio: float | None = None,
     method: Method | None = None,
     strides: Strides | None = None,
-    statistics: Statistics | str | Path | None = None,
+    statistics: Statistics | Callable[[], Statistics] | str | Path | None = None,
     max_error: float | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -76,7 +76,8 @@ def compress(
             shared rank in the adapter, the pair under which a fit is best. None is `official` for `average` and
             `align`, else `free`.
         statistics: from `calibrate`, or the file they were saved in: errors are then measured, and `fit` works, in
-            the norm of what the model's layers see.
+            the norm of what the model's layers see. A function is called for them once the rest of the request is
+            found to be in order.
         budget: parameters allowed in total, those beside the factors included.
         ratio: the adapter's parameters over those allowed, such as 2 for half.
         max_error: tolerance on the total relative error, in the norm of the statistics where there are any. It
@@ -107,7 +108,7 @@ def compress(
         statistics = Statistics.open(Path(statistics))
     if strides is None:
         strides = "free" if method in {None, "fit"} else "official"
-    job = _Job(source, method, statistics, stored_dtype)
+    job = _Job(source, method, stored_dtype)
     if mode == "given":
         assert unshared is not None
         assert chunks is not None
@@ -117,6 +118,7 @@ def compress(
     check_target(target, [source.folder], overwrite=overwrite)
     if dry_run:
         return job.report(None, max_error)
+    job.statistics = statistics() if callable(statistics) else statistics
     progress.start("compress", len(source.modules), "modules")
     with staged(target, [source.folder], overwrite=overwrite) as stage, one_blas_thread():
         if mode == "detect":
@@ -203,10 +205,9 @@ def _refuse(source: Adapter) -> None:
 class _Job:
     """One compression. Modules are fitted a window ahead of the writing, those of one shape as a batch."""
 
-    def __init__(
-        self, source: Adapter, method: Method | None, statistics: Statistics | None, dtype: str | None
-    ) -> None:
-        self.source, self.method, self.statistics = source, method, statistics
+    def __init__(self, source: Adapter, method: Method | None, dtype: str | None) -> None:
+        self.source, self.method = source, method
+        self.statistics: Statistics | None = None
         self.dtypes = {path: dtype or module.dtype for path, module in source.modules.items()}
         self.shapes = Shapes({}, Geometry.lora(1))
         self.qualities: dict[str, Quality] = {}
@@ -272,8 +273,8 @@ class _Job:
         moments = [self.moments(name) for name in names]
         with np.errstate(over="ignore", invalid="ignore"):  # what the dtype cannot hold is refused when it is written
             fitted = fit_many(pairs, self.geometries[names[0]], method=self.method, store=rounded, moments=moments)
-        for name, (factors, quality) in zip(names, fitted, strict=True):
-            self.ready[name], self.qualities[name] = factors, quality
+        for name, (stored, quality) in zip(names, fitted, strict=True):
+            self.ready[name], self.qualities[name] = stored, quality
 
     def _pair(self, path: str) -> tuple[AnyMatrix, AnyMatrix]:
         """A module's factors, rank-first, in the basis in which they are an expansion where they are one."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from prolora_tools.core.allocation import Point, allocate, candidates
 from prolora_tools.core.detection import Detection, detect
-from prolora_tools.core.fitting import Sample, choose_strides, fit_many
+from prolora_tools.core.fitting import NO_MOMENTS, Sample, choose_strides, fit_many
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.errors import InputError, RequestError
 from prolora_tools.operations.threads import cores
@@ -34,6 +34,8 @@ _LARGEST_NORM = 1e60
 _EVERY = 1 << 25
 """Numbers in an adapter's factors up to which every module's error curve is measured; above, _TYPICAL of a kind."""
 _TYPICAL = 4
+_MOMENTS = 1 << 23
+"""Numbers in dense moments of the modules whose calibrated curves are measured as one batch."""
 
 
 @dataclass
@@ -233,21 +235,28 @@ def _curves(source: Adapter, moments: MomentsOf) -> tuple[dict[str, list[Point]]
     small = sum(m.parameters for m in source.modules.values()) <= _EVERY
     measured = [paths if small else paths[:: max(len(paths) // _TYPICAL, 1)] for paths in kinds.values()]
 
-    def measure(job: tuple[list[str], Geometry]) -> list[tuple[str, Point, float]]:
-        paths, geometry = job
+    def measure(job: tuple[list[str], list[Geometry]]) -> list[tuple[str, Point, float]]:
+        paths, geometries = job
         modules = [source.modules[p] for p in paths]
-        pairs = [factors(m) for m in modules]
-        qualities = [q for _, q in fit_many(pairs, geometry, moments=[moments(p) for p in paths], quick=True)]
-        size = geometry.parameters(modules[0].in_features, modules[0].out_features)
-        return [
-            (p, Point(geometry, size, (m.scaling * q.calibrated_error) ** 2), (m.scaling * q.calibrated_norm) ** 2)
-            for p, m, q in zip(paths, modules, qualities, strict=True)
-        ]
+        pairs, norms = [factors(m) for m in modules], [moments(p) for p in paths]
+        out = []
+        for geometry in geometries:
+            qualities = [q for _, q in fit_many(pairs, geometry, moments=norms, quick=True)]
+            size = geometry.parameters(modules[0].in_features, modules[0].out_features)
+            for p, m, q in zip(paths, modules, qualities, strict=True):
+                point = Point(geometry, size, (m.scaling * q.calibrated_error) ** 2)
+                out.append((p, point, (m.scaling * q.calibrated_norm) ** 2))
+        return out
 
-    jobs = []
+    jobs: list[tuple[list[str], list[Geometry]]] = []
     for paths in measured:
         m = source.modules[paths[0]]
-        jobs += [(paths, g) for g in candidates(m.geometry.rank, m.in_features, m.out_features)]
+        shapes = candidates(m.geometry.rank, m.in_features, m.out_features)
+        if moments(paths[0]) == NO_MOMENTS:
+            jobs += [(paths, [g]) for g in shapes]
+        else:  # moments are large, so they are read once, and not too many at a time
+            most = max(_MOMENTS // (m.in_features**2 + m.out_features**2), 1)
+            jobs += [(paths[i : i + most], shapes) for i in range(0, len(paths), most)]
     known: dict[str, tuple[list[Point], float]] = {p: ([], 0.0) for paths in measured for p in paths}
     with ThreadPoolExecutor(cores()) as pool:
         for results in pool.map(measure, jobs):

@@ -101,7 +101,13 @@ def test_evil_pickle_is_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["base-config-unknown--no-heads", "merge-no-such-module", "bin-unreadable--code", "factor-overflow--compress", "compress-range"],
+    [
+        "base-config-unknown--no-heads",
+        "merge-no-such-module",
+        "bin-unreadable--code",
+        "factor-overflow--compress",
+        "compress-range",
+    ],
 )
 def test_other_libraries_add_nothing_to_stderr(name: str, tmp_path: Path) -> None:
     """In a process of its own, where warnings and logs of numpy, torch and transformers go to stderr."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,11 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prolora_tools
 from prolora_tools.cli import main
+from prolora_tools.core.allocation import candidates
 from prolora_tools.errors import InputError, MismatchError, RequestError
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.operations import calibrate as operation
+from prolora_tools.operations import shapes
 from prolora_tools.operations.calibrate import Statistics, calibrate
 from tests.support import model
+
+if TYPE_CHECKING:
+    from prolora_tools.core.fitting import Pair
 
 BASE, ADAPTER = model("gpt2-tiny-en"), model("gpt2-tiny-py-r8")
 TEXT = Path(json.__file__)  # Python source, as the adapter was trained on
@@ -106,6 +111,94 @@ def test_sketches_of_wide_layers_stand_for_the_whole(statistics: Statistics, mon
     full = whole.apply(eye)
     np.testing.assert_allclose(np.diag(sketch.apply(eye)), np.diag(full), rtol=0.05)
     assert np.linalg.norm(sketch.apply(eye) - full) < 0.3 * np.linalg.norm(full)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth of the shapes that are tried, for time."""
+    monkeypatch.setattr(shapes, "candidates", lambda *dims: candidates(*dims)[::4])
+
+
+def relative(folder: Path, statistics: Statistics) -> float:
+    """The total error of a compressed adapter in the norm, dense: oracle of the report's."""
+    error = norm = 0.0
+    for path, module in Adapter.open(ADAPTER).modules.items():
+        deltas = []
+        for found in (module, Adapter.open(folder).modules[path]):
+            a, b = found.factors()
+            deltas.append(found.scaling * b.astype(np.float64) @ a.astype(np.float64))
+        moments = [
+            statistics.moments(path, "input", module.in_features),
+            statistics.moments(path, "output", module.out_features),
+        ]
+        c, g = (m.apply(np.eye(m.dim)) for m in moments if m is not None)
+        square = [float(np.sum((g @ d @ c) * d)) for d in (deltas[0] - deltas[1], deltas[0])]
+        error, norm = error + square[0], norm + square[1]
+    return float(np.sqrt(error / norm))
+
+
+@pytest.mark.usefixtures("few")
+def test_a_calibrated_budget_is_small_in_the_norm(statistics: Statistics, tmp_path: Path) -> None:
+    """Smaller in the norm than one shape for all, and than shapes chosen without the statistics."""
+    chosen = prolora_tools.compress(ADAPTER, tmp_path / "chosen", ratio=2, statistics=statistics)
+    assert chosen.budget is not None
+    assert 0.9 * chosen.budget < chosen.parameters <= chosen.budget
+    assert relative(tmp_path / "chosen", statistics) == pytest.approx(chosen.calibrated_error, rel=1e-4)
+    uniform = prolora_tools.compress(ADAPTER, tmp_path / "u", unshared=2, chunks=3, statistics=statistics)
+    assert uniform.parameters == pytest.approx(chosen.parameters, rel=0.02)
+    prolora_tools.compress(ADAPTER, tmp_path / "plain", ratio=2)
+    assert chosen.calibrated_error is not None
+    assert uniform.calibrated_error is not None
+    assert chosen.calibrated_error < 0.9 * uniform.calibrated_error
+    assert chosen.calibrated_error < 0.9 * relative(tmp_path / "plain", statistics)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_calibrated_error_is_met_with_few_parameters(statistics: Statistics, tmp_path: Path) -> None:
+    report = prolora_tools.compress(ADAPTER, tmp_path / "c", max_error=0.1, statistics=statistics)
+    assert report.ok
+    assert relative(tmp_path / "c", statistics) < 0.1
+    assert report.parameters < report.source_parameters
+    plain = prolora_tools.compress(ADAPTER, tmp_path / "plain", max_error=0.1)
+    assert report.parameters < plain.parameters  # inputs live in few dims, so less has to be kept
+
+
+@pytest.mark.usefixtures("few")
+def test_what_matters_to_the_loss_gets_the_parameters(statistics: Statistics) -> None:
+    """One module's outputs are made a hundred times as important; in the Frobenius norm nothing has changed."""
+    source = Adapter.open(ADAPTER)
+    path, other = [p for p in source.modules if p.endswith("attn.c_attn")][:2]
+    sizes = []
+    for name in (path, other):
+        arrays = {k: v * np.float32(1e4) if k == f"output:{name}" else v for k, v in statistics.arrays.items()}  # type: ignore[operator] # in memory
+        weighed = Statistics(arrays)
+
+        def moments(p: str, weighed: Statistics = weighed) -> Pair:
+            module = source.modules[p]
+            return (weighed.moments(p, "input", module.in_features), weighed.moments(p, "output", module.out_features))
+
+        chosen = shapes.chosen(source, moments, budget=20_000, error=None)
+        sizes.append(
+            {
+                p: g.parameters(source.modules[p].in_features, source.modules[p].out_features)
+                for p, g in chosen.modules.items()
+            }
+        )
+    assert sizes[0][path] > sizes[1][path]
+    assert sizes[1][other] > sizes[0][other]
+
+
+def test_statistics_are_collected_only_for_a_request_in_order(tmp_path: Path) -> None:
+    def never() -> Statistics:
+        raise AssertionError
+
+    requests: list[dict[str, Any]] = [{"unshared": 1}, {"unshared": 9, "chunks": 2}, {"ratio": 2, "method": "best"}]
+    for wrong in requests:
+        with pytest.raises(RequestError):
+            prolora_tools.compress(ADAPTER, tmp_path / "c", statistics=never, **wrong)
+    with pytest.raises(AssertionError):
+        prolora_tools.compress(ADAPTER, tmp_path / "c", unshared=1, chunks=2, statistics=never)
+    assert not (tmp_path / "c").exists()
 
 
 def test_texts(tmp_path: Path) -> None:
