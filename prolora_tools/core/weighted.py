@@ -11,6 +11,7 @@ then does not grow with the condition number of C.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class _Norm:
         self.group = math.gcd(sharing.stride, sharing.ranks) if sharing.ranks else 1
         self.order = sharing.ranks // self.group
         self.phase = sharing.stride // self.group if sharing.ranks else 0
-        self.inverses: list[npt.NDArray[Any]] | None = None
+        self.inverses: list[_Inverse] | None = None
         if moments is not None and sharing.ranks:
             self.inverses = self._invert()
 
@@ -58,25 +59,35 @@ class _Norm:
         out: Array = self.moments.apply(flat[:, : self.dim])
         return (np.pad(out, ((0, 0), (0, missing))) if missing else out)[None, :, :]
 
-    def _invert(self) -> list[npt.NDArray[Any]]:
+    def _invert(self) -> list[_Inverse]:
         moments, layout = self.moments, self.layout
         assert moments is not None
-        width, copies = layout.width, layout.copies
+        width, copies, root = layout.width, layout.copies, moments.root
         spans = [slice(i * width, min((i + 1) * width, self.dim)) for i in range(copies)]
+        rows = width if root is None else min(len(root), width)
         count = self.order // 2 + 1
-        self.coupled = count * width * width <= _LARGEST_INVERSES
-        sums: list[npt.NDArray[Any]] = [
-            np.zeros((width, width), dtype=np.float64 if 2 * f % self.order == 0 else np.complex128)
-            for f in range(count if self.coupled else 1)
-        ]
+        self.coupled = count * width * rows <= _LARGEST_INVERSES
+        phases = [self._phases(f) for f in range(count if self.coupled else 1)]
+        if root is not None and 2 * rows * (1 if self.coupled else copies) <= width:  # never a dense C
+            parts = [np.pad(root[:, s], ((0, 0), (0, width - s.stop + s.start))) for s in spans]
+            diagonal = np.sum([np.pad(moments.diagonal[s], (0, width - s.stop + s.start)) for s in spans], axis=0)
+            if not self.coupled:
+                return [_low_rank(np.concatenate(parts), diagonal)]
+            return [
+                _low_rank(sum(p * x for p, x in zip(phase.conj(), parts, strict=True)), diagonal) for phase in phases
+            ]
+        sums: list[npt.NDArray[Any]] = [np.zeros((width, width), dtype=phase.dtype) for phase in phases]
         for j in range(copies):
             for i in range(copies) if self.coupled else (j,):
                 block = moments.block(spans[j], spans[i])
-                for f, total in enumerate(sums):
-                    angle = 2 * np.pi * (f * self.phase * (j - i) % self.order) / self.order
-                    phase = np.exp(1j * angle) if np.iscomplexobj(total) else round(math.cos(angle))
-                    total[: block.shape[0], : block.shape[1]] += phase * block
+                for phase, total in zip(phases, sums, strict=True):
+                    total[: block.shape[0], : block.shape[1]] += phase[j] * phase[i].conj() * block
         return [_inverse(total) for total in sums]
+
+    def _phases(self, f: int) -> npt.NDArray[Any]:
+        """What frequency f turns every copy by: complex numbers, or 1 and -1 where they are real."""
+        angles = 2 * np.pi * (f * self.phase * np.arange(self.layout.copies) % self.order) / self.order
+        return np.round(np.cos(angles)) if 2 * f % self.order == 0 else np.exp(1j * angles)
 
     def inverted(self, schur: Array) -> list[npt.NDArray[Any]]:
         """The inverses, a frequency, of the part of S, (1, r_s, r_s), that commutes with the rotation."""
@@ -103,30 +114,67 @@ class _Norm:
         """
         assert self.inverses is not None
         if not self.coupled:
-            simple: Array = ranks[0] @ right @ self.inverses[0]
+            simple: Array = self.inverses[0].after(ranks[0] @ right[0])[None]
             return simple
         width = self.layout.width
         spectrum = np.fft.rfft(right[0].reshape(self.order, self.group, width), axis=0)
         out = np.zeros_like(spectrum)
         for f, inverse in enumerate(self.inverses):
             # At the real frequencies nothing is complex, and the product takes a quarter of the work.
-            out[f] = (
-                ranks[f] @ spectrum[f] @ inverse if np.iscomplexobj(inverse) else _real(ranks[f], spectrum[f], inverse)
-            )
+            x = ranks[f].real @ spectrum[f].real if inverse.real else ranks[f] @ spectrum[f]
+            out[f] = inverse.after(x)
         back: Array = np.fft.irfft(out, n=self.order, axis=0) * self.order
         return back.reshape(1, self.ranks, width)
 
 
-def _real(ranks: npt.NDArray[Any], spectrum: npt.NDArray[Any], inverse: Array) -> Array:
-    out: Array = ranks.real @ spectrum.real @ inverse
-    return out
+@dataclass(frozen=True)
+class _Inverse:
+    """A matrix inverse: diag(diagonal) - half^H half, or dense.
+
+    Attributes:
+        dense: (width, width), or None.
+        half: (rows, width), or None.
+        diagonal: (width,) beside `half`.
+    """
+
+    dense: npt.NDArray[Any] | None
+    half: npt.NDArray[Any] | None
+    diagonal: Array
+
+    @property
+    def real(self) -> bool:
+        """Whether its numbers are."""
+        found = self.half if self.dense is None else self.dense
+        return found is None or not np.iscomplexobj(found)
+
+    def after(self, x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Rows (k, width), times the inverse."""
+        out: npt.NDArray[Any]
+        if self.dense is not None:
+            out = x @ self.dense
+        else:
+            assert self.half is not None
+            out = x * self.diagonal - (x @ self.half.conj().T) @ self.half
+        return out
 
 
-def _inverse(matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    level = float(np.trace(matrix).real) / len(matrix) * 1e-7 + np.finfo(np.float64).tiny * 1e8
-    inverse = np.linalg.inv(matrix + level * np.eye(len(matrix)))
-    out: npt.NDArray[Any] = (inverse + inverse.conj().T) / 2
-    return out
+def _level(trace: float, width: int) -> float:
+    """What is added to the diagonal of a matrix so that it has an inverse."""
+    return trace / width * 1e-7 + np.finfo(np.float64).tiny * 1e8
+
+
+def _inverse(matrix: npt.NDArray[Any]) -> _Inverse:
+    width = len(matrix)
+    inverse = np.linalg.inv(matrix + _level(float(np.trace(matrix).real), width) * np.eye(width))
+    return _Inverse((inverse + inverse.conj().T) / 2, None, np.zeros(width))
+
+
+def _low_rank(root: npt.NDArray[Any], diagonal: Array) -> _Inverse:
+    """Of root^H root + diag(diagonal), through a matrix of root's rows (Woodbury)."""
+    level = _level(float(np.sum(np.abs(root) ** 2) + diagonal.sum()), root.shape[1])
+    inverse = 1.0 / (diagonal + level)
+    inner = np.linalg.cholesky(np.eye(len(root)) + (root * inverse) @ root.conj().T)
+    return _Inverse(None, np.linalg.solve(inner, root * inverse), inverse)
 
 
 def _dot(x: Array, y: Array) -> float:

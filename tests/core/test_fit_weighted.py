@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prolora_tools.core import weighted
 from prolora_tools.core.fitting import NO_MOMENTS, difference_norm, fit, truncated
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.core.moments import Moments
@@ -160,3 +161,26 @@ def test_a_sketch_stands_for_the_dense_matrix() -> None:
 def test_what_was_never_seen_is_the_frobenius_norm() -> None:
     for silent in (Moments.of_matrix(np.zeros((5, 5))), Moments.of_sketch(np.zeros((2, 5)), np.zeros(5))):
         np.testing.assert_array_equal(silent.apply(np.eye(5)), np.eye(5))
+
+
+@pytest.mark.parametrize(("order", "copies"), [(8, 3), (4, 2), (1, 4)])
+def test_the_inverse_of_a_sketch_is_that_of_its_dense_matrix(
+    order: int, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rows where they are few, whole otherwise: the preconditioner is one and the same, cut copy included."""
+    rng = np.random.default_rng(0)
+    dim = 90 * copies - 7
+    rows, diagonal = rng.standard_normal((9, dim)), rng.uniform(9, 10, dim)
+    sketch = Moments.of_sketch(rows, diagonal)
+    dense = Moments(sketch.apply(np.eye(dim)), None, np.zeros(dim))
+    sharing = Geometry(8, 0, copies, copies, 8 // order, 8 // order).a
+    other = rng.standard_normal((8, 40))
+    schur, right = (other @ other.T)[None], rng.standard_normal((1, 8, sharing.width(dim)))
+    for coupled in (True, False):
+        if not coupled:
+            monkeypatch.setattr(weighted, "_LARGEST_INVERSES", 0)
+        made = [weighted._Norm(m, sharing, dim) for m in (sketch, dense)]
+        assert made[0].inverses is not None
+        assert made[0].inverses[0].dense is None
+        found, expected = (m.precondition(m.inverted(schur), right) for m in made)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9 * np.abs(expected).max())
