@@ -154,7 +154,7 @@ def calibrate(
         progress: told of each finished window.
 
     Raises:
-        RequestError: a number is out of its range.
+        RequestError: a number is out of its range, or the device is not there.
         InputError: a file is missing or broken, or the text is shorter than one window.
         MismatchError: the base does not have the adapter's modules.
         UnsupportedError: DoRA, custom code, or gradients of a model without logits.
@@ -166,6 +166,14 @@ def calibrate(
             )
     import torch  # noqa: PLC0415 - seconds of import
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without it
+        raise RequestError(
+            "calibrate-device",
+            f"torch cannot use {device!r}: {first_line(error)}",
+            hint="without --device the CPU is used",
+        ) from error
     opened = Adapter.open(Path(adapter)).require_modules()
     if opened.dora:
         raise UnsupportedError(

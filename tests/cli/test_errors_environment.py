@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ENVIRONMENT = {
+    "calibrate-dora": "test_statistics_of_a_dora_adapter",
     "calibrate-no-logits": "test_gradients_of_a_model_without_logits",
     "dtype-unknown": "test_names_that_click_would_refuse",
     "file-changed": "test_adapter_that_shrinks_while_it_is_read test_base_that_shrinks_while_it_is_copied",
@@ -479,6 +480,16 @@ def test_names_that_click_would_refuse(folder: Path) -> None:
     assert raised(prolora_tools.expand, adapter, out, dtype="BF16").code == "dtype-unknown"
     assert raised(prolora_tools.merge, adapter, out, base=folder / "base", dtype="half").code == "dtype-unknown"
     assert not out.exists()
+
+
+def test_statistics_of_a_dora_adapter(tmp_path: Path) -> None:
+    """The command refuses it before the text is read."""
+    from prolora_tools.operations.calibrate import calibrate
+
+    dora = build.adapter({"use_dora": True}, {**build.factors(), f"{build.Q}.lora_magnitude_vector": build.numbers(4)})
+    build.write(tmp_path, dora)
+    error = raised(calibrate, tmp_path / "adapter", base=tmp_path, text=tmp_path / "text")
+    assert (error.code, type(error)) == ("calibrate-dora", UnsupportedError)
 
 
 def test_gradients_of_a_model_without_logits() -> None:

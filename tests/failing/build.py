@@ -843,9 +843,8 @@ def shapes_and_statistics() -> Iterator[Case]:
         "base/tokenizer_config.json": text({"tokenizer_class": "PreTrainedTokenizerFast"}),
     }
     good = {"adapter/text.jsonl": b'"a b a b"\n'}
-    dora = adapter({"use_dora": True}, {**factors(), f"{Q}.lora_magnitude_vector": numbers(4)})
     yield Case("calibrate-number", f"{calibrate} --calibrate-tokens 0", {**model, **good}, 2)
-    yield Case("calibrate-dora", calibrate, {**model, **dora, **good})
+    yield Case("calibrate-device", f"{calibrate} --device nowhere", {**model, **good}, 2, foreign="'nowhere':")
     yield Case("calibrate-text-encoding", calibrate, {**model, **tokenizer, "adapter/text.jsonl": b"\xff"})
     yield Case("calibrate-jsonl", calibrate, {**model, **tokenizer, "adapter/text.jsonl": b"{}\n"})
     yield Case("calibrate-tokenizer", calibrate, {**model, **good}, foreign="from base:")
