@@ -370,7 +370,8 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
             best: dict[float, float] = {}
             for c in cells:
                 if c.kind == kind and c.method == method and ("chosen" in c.shape) == chosen:
-                    best[round(c.share, 3)] = max(best.get(round(c.share, 3), 1e-9), c.kept)
+                    at = round(c.share, 2)
+                    best[at] = max(best.get(at, -1.0), c.kept)
             if best:
                 x = sorted(best)
                 y = [100 * (1 - best[s]) for s in x]

@@ -311,9 +311,10 @@ class _Collector:
         self.seen[side, path] += len(x)
 
     def arrays(self) -> dict[str, Floats | StoredTensor]:
-        """Means over the tokens, under the names of a statistics file."""
+        """Means over the tokens, under the names of a statistics file; the sums, twice as large, are gone after."""
         out: dict[str, Floats | StoredTensor] = {}
-        for (side, path), sums in self.sums.items():
+        for side, path in list(self.sums):
+            sums = self.sums.pop((side, path))
             members = [p for p, leader in self.leaders.items() if leader == path] if side == "input" else [path]
             name = "|".join(sorted(members))
             count = self.seen[side, path]

@@ -19,7 +19,7 @@ from prolora_tools.files import dtypes, keys
 from prolora_tools.files.adapter import Adapter, FactorSpec, write_adapter
 from prolora_tools.files.writer import check_target, staged
 from prolora_tools.operations.calibrate import Statistics
-from prolora_tools.operations.shapes import Shapes, chosen, detected, factors, given, settle_strides
+from prolora_tools.operations.shapes import Shapes, chosen, detected, factors, given, settle_strides, statistics_at_once
 from prolora_tools.operations.stats import module_budget
 from prolora_tools.operations.threads import cores, one_blas_thread
 from prolora_tools.progress import SILENT, Progress
@@ -255,8 +255,11 @@ class _Job:
             if total and total + size > _WINDOW:
                 break
             total += size
+            most = _BATCH // size
+            if self.statistics is not None:
+                most = min(most, statistics_at_once(module))
             alike = batches[module.in_features, module.out_features, module.geometry.rank, geometry, self.dtypes[name]]
-            if alike[-1] and (len(alike[-1]) + 1) * size > _BATCH:
+            if alike[-1] and len(alike[-1]) >= most:
                 alike.append([])
             alike[-1].append(name)
         with ThreadPoolExecutor(cores()) as pool:

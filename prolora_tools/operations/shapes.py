@@ -15,6 +15,7 @@ from prolora_tools.core.detection import Detection, detect
 from prolora_tools.core.fitting import NO_MOMENTS, Sample, choose_strides, fit_many
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.errors import InputError, RequestError
+from prolora_tools.operations.calibrate import DENSE
 from prolora_tools.operations.threads import cores
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ _EVERY = 1 << 25
 """Numbers in an adapter's factors up to which every module's error curve is measured; above, _TYPICAL of a kind."""
 _TYPICAL = 4
 _MOMENTS = 1 << 23
-"""Numbers in dense moments of the modules whose calibrated curves are measured as one batch."""
+"""Numbers in the moments of the modules that are fitted as one batch."""
 
 
 @dataclass
@@ -157,6 +158,11 @@ def factors(module: AdapterModule) -> tuple[AnyMatrix, AnyMatrix]:
     return a, b.T
 
 
+def statistics_at_once(module: AdapterModule) -> int:
+    """How many modules like this may have their moments in memory together: dense ones are far larger than factors."""
+    return max(_MOMENTS // sum(dim * min(dim, DENSE) for dim in (module.in_features, module.out_features)), 1)
+
+
 def _detect(module: AdapterModule) -> Detection | None:
     return detect(*factors(module), EPS.get(module.dtype, EPS["BF16"]))
 
@@ -255,7 +261,7 @@ def _curves(source: Adapter, moments: MomentsOf) -> tuple[dict[str, list[Point]]
         if moments(paths[0]) == NO_MOMENTS:
             jobs += [(paths, [g]) for g in shapes]
         else:  # moments are large, so they are read once, and not too many at a time
-            most = max(_MOMENTS // (m.in_features**2 + m.out_features**2), 1)
+            most = statistics_at_once(m)
             jobs += [(paths[i : i + most], shapes) for i in range(0, len(paths), most)]
     known: dict[str, tuple[list[Point], float]] = {p: ([], 0.0) for paths in measured for p in paths}
     with ThreadPoolExecutor(cores()) as pool:
