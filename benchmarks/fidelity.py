@@ -379,8 +379,10 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
                 drawn[label] = axis.plot(x, y, **style)[0]
         axis.set(title=result["adapter"], xlabel="share of the LoRA's parameters", ylabel="lost gain, % (log scale)")
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.grid(alpha=0.3, which="both")
+        axis.set_ylim(0.1, 60)
+        axis.set_yticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50], [f"{t:g}" for t in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
     labels = sorted(drawn, key=lambda label: label.startswith("SVD"))
     figure.legend([drawn[label] for label in labels], labels, loc="lower center", ncols=3, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.7 / (3.9 * rows + 0.6), 1, 1))

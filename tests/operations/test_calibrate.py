@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prolora_tools
 from prolora_tools.cli import main
 from prolora_tools.core.allocation import candidates
+from prolora_tools.core.fitting import fit_many
 from prolora_tools.errors import InputError, MismatchError, RequestError
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.operations import calibrate as operation
@@ -83,6 +84,28 @@ def test_the_same_seed_gives_the_same_file_and_a_file_gives_the_same_fit(
     assert first.calibrated_error == second.calibrated_error
     name = "adapter_model.safetensors"
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_moments_are_held_for_few_modules_at_a_time(
+    statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many at a time, the same bytes."""
+    held: list[int] = []
+
+    def counted(pairs: Any, *args: Any, **options: Any) -> Any:
+        held.append(len(pairs))
+        return fit_many(pairs, *args, **options)
+
+    monkeypatch.setattr("prolora_tools.operations.compress.fit_many", counted)
+    shape: dict[str, Any] = {"unshared": 1, "chunks": 7, "strides": "official", "statistics": statistics}
+    prolora_tools.compress(ADAPTER, tmp_path / "many", **shape)
+    assert max(held) > 1
+    held.clear()
+    monkeypatch.setattr(shapes, "_MOMENTS", 1)
+    prolora_tools.compress(ADAPTER, tmp_path / "one", **shape)
+    assert set(held) == {1}
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 def test_a_calibrated_fit_is_better_where_it_matters(statistics: Statistics, tmp_path: Path) -> None:
