@@ -111,8 +111,7 @@ def difference_norm(
     grams = _gram(rows_a, moments[0]), _gram(rows_b, moments[1])
     square, scale = float(np.sum(grams[0] * grams[1])), float(np.trace(grams[0]) * np.trace(grams[1]))
     if moments == NO_MOMENTS and square < 1e-10 * scale:  # the sum has cancelled; triangular factors do not square
-        (_, triangle_a), (_, triangle_b) = np.linalg.qr(rows_a.T), np.linalg.qr(rows_b.T)
-        return float(np.linalg.norm(triangle_b @ triangle_a.T))
+        return float(np.linalg.norm(_core(rows_a, rows_b)))
     return float(np.sqrt(max(square, 0.0)))
 
 
@@ -124,6 +123,13 @@ def _gram(rows: Matrix, moments: Moments | None) -> Matrix:
 def _padded(rows: AnyMatrix, rank: int) -> Matrix:
     """`rows` in float64, with rows of zeros up to `rank`."""
     return np.concatenate([rows.astype(np.float64), np.zeros((rank - rows.shape[0], rows.shape[1]))])
+
+
+def _core(a: AnyMatrix, bt: AnyMatrix) -> Matrix:
+    """A small matrix with the singular values of B A, from the triangles of both factors, in float64."""
+    triangles: list[Any] = [np.linalg.qr(x.T.astype(np.float64), mode="r") for x in (bt, a)]  # typed as QRResult
+    out: Matrix = triangles[0] @ triangles[1].T
+    return out
 
 
 def svd_basis(a: AnyMatrix, bt: AnyMatrix) -> tuple[Matrix, Matrix, Matrix]:
@@ -442,7 +448,7 @@ def _factors(arrays: tuple[AnyMatrix, ...]) -> SharedFactors:
 def _quality(
     a: AnyMatrix, bt: AnyMatrix, geometry: Geometry, factors: SharedFactors, method: Method, error: float, moments: Pair
 ) -> Quality:
-    values = svd_basis(a, bt)[1]
+    values = np.linalg.svd(_core(a, bt), compute_uv=False)
     parameters = geometry.parameters(a.shape[1], bt.shape[1])
     svd_rank = min(parameters // (a.shape[1] + bt.shape[1]), len(values))
     weighed = values if moments == NO_MOMENTS else truncated(a, bt, 0, moments)[2]

@@ -148,3 +148,40 @@ def test_sizes() -> None:
     assert dtypes.n_bytes("F4", 3) is None
     assert dtypes.n_bytes("F4", 4) == 2
     assert dtypes.n_bytes("F6_E3M2", 4) == 3
+
+
+def into(values: Values, dtype: str) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """The bits that `encode_into` makes of finite values."""
+    out = np.empty(values.size * dtypes.ITEM_BITS[dtype] // 8, dtype=np.uint8)
+    carrier, finite = dtypes.encode_into(values.copy(), dtype, out, np.empty_like(values))
+    assert finite
+    return bits(carrier)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_encoding_in_place_rounds_as_torch_does(dtype: str) -> None:
+    """Every number of half precision, every midpoint, their neighbours and theirs, and what lies anywhere between."""
+    table = dtypes.decode(PATTERNS.tobytes(), dtype)
+    finite = np.unique(table[np.isfinite(table)])
+    middle = ((finite[:-1].astype(np.float64) + finite[1:]) / 2).astype(np.float32)
+    middle = middle[np.abs(middle) <= finite.max()]
+    draw = np.random.default_rng(0)
+    between = (finite[:-1] + draw.random(len(finite) - 1) * np.diff(finite.astype(np.float64))).astype(np.float32)
+    for values in (finite, middle, between):
+        for step in (0, 1, 2, 3, -1, -2, -3):
+            moved = (values.view(np.int32) + np.int32(step)).view(np.float32)
+            moved = moved[np.abs(moved) <= finite.max()]
+            assert np.array_equal(into(moved, dtype), by_torch(moved, dtype))
+    zeros = np.array([0.0, -0.0, 1e-45, -1e-45, 2.0**-25, -(2.0**-25), 2.0**-24 * 1.5], dtype=np.float32)
+    assert np.array_equal(into(zeros, dtype), by_torch(zeros, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_decoding_in_place_gives_every_pattern(dtype: str) -> None:
+    expected = dtypes.decode(PATTERNS.tobytes(), dtype)
+    finite = np.isfinite(expected)
+    for kept in (finite, np.ones_like(finite)):
+        raw = PATTERNS[kept].view(np.uint8)
+        found = dtypes.decode_into(raw, dtype, np.empty(kept.sum(), dtype=np.float32))
+        assert np.array_equal(found, expected[kept], equal_nan=True)
+        assert np.array_equal(bits(found)[finite[kept]], bits(expected)[finite])
