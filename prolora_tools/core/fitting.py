@@ -122,6 +122,8 @@ def _gram(rows: Matrix, moments: Moments | None) -> Matrix:
 
 def _padded(rows: AnyMatrix, rank: int) -> Matrix:
     """`rows` in float64, with rows of zeros up to `rank`."""
+    if rows.shape[0] == rank:
+        return rows.astype(np.float64, copy=False)
     return np.concatenate([rows.astype(np.float64), np.zeros((rank - rows.shape[0], rows.shape[1]))])
 
 
