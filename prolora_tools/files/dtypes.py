@@ -105,35 +105,17 @@ def decode_into(raw: npt.NDArray[np.uint8], dtype: str, out: Floats) -> Floats:
     items = raw.view(_CARRIERS[dtype])
     if items.dtype == out.dtype:
         return items
-    if dtype == "F16" and out.dtype == np.float32 and items.size and _from_half(items, out):
-        return out
     np.copyto(out, items)
     return out
 
 
-def _from_half(items: npt.NDArray[Any], out: Floats) -> bool:
-    """float16 -> float32 in half of numpy's time; False where there is an inf or a nan, which this gets wrong.
-
-    Sign, exponent and mantissa are put into their places, and the exponent's other bias is a power of two.
-    """
-    bits = out.view(np.uint32)
-    np.copyto(bits, items.view(np.int16), casting="unsafe")  # extends the sign
-    np.left_shift(bits, np.uint32(13), out=bits)
-    np.bitwise_and(bits, np.uint32(0x8FFFE000), out=bits)
-    np.multiply(out, np.float32(2.0**112), out=out)
-    return bool(out.min() > -65536 and out.max() < 65536)
-
-
-def encode_into(
-    values: Floats, dtype: str, out: npt.NDArray[np.uint8], scratch: Floats
-) -> tuple[npt.NDArray[Any], bool]:
+def encode_into(values: Floats, dtype: str, out: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[Any], bool]:
     """`encode` without a new array, told apart by whether all of the result is finite.
 
     Args:
-        values: flat float32 or float64; may be overwritten where the result is finite.
+        values: flat float32 or float64.
         dtype: of the result.
         out: bytes for the result.
-        scratch: of the length and dtype of `values`; overwritten.
 
     Returns:
         The carrier array, and whether it is finite throughout; it may be `values` itself.
@@ -145,38 +127,7 @@ def encode_into(
     carrier = out.view(_CARRIERS[dtype])
     if carrier.dtype == values.dtype:
         return values, True
-    if dtype == "F16" and values.dtype == np.float32:
-        _to_half(values, carrier, scratch)
-        return carrier, True
     if values.dtype == np.float64:
         values = encode(values, dtype)
     np.copyto(carrier, values, casting="unsafe")
     return carrier, True
-
-
-_MAGIC = np.float32((1.5 * 2**23 + 0x600) * 2.0**-10)
-_MAGIC_SUBNORMAL = np.float32(_MAGIC * np.float32(2.0**-14))
-
-
-def _to_half(values: Floats, out: npt.NDArray[Any], scratch: Floats) -> None:
-    """float32 of at most 65504 in size -> float16, in two thirds of numpy's time; `values` are overwritten.
-
-    To the size of a number with exponent e, at least float16's least, -14, is added one so much larger that the unit in
-    the last place of the sum is 2^(e-10), float16's for that e: the addition rounds, to nearest even. The sum's low
-    bits then are the number q of those units, its exponent is e + 13, and float16's bits, without the sign, are
-    (e + 14) * 2^10 + q, which holds for subnormals too. 0x600 is what makes the constants left over vanish in 16 bits.
-    """
-    sign, half = out.view(np.uint16), scratch.view(np.uint16)[: out.size]
-    total, bits, size = scratch, scratch.view(np.uint32), values.view(np.uint32)
-    np.right_shift(size, np.uint32(16), out=bits)
-    np.copyto(sign, bits, casting="unsafe")
-    np.bitwise_and(sign, np.uint16(0x8000), out=sign)
-    np.absolute(values, out=values)
-    np.bitwise_and(size, np.uint32(0x7F800000), out=bits)
-    np.multiply(total, _MAGIC, out=total)
-    np.maximum(total, _MAGIC_SUBNORMAL, out=total)
-    np.add(total, values, out=total)
-    np.right_shift(bits, np.uint32(13), out=size)
-    np.add(size, bits, out=size)
-    np.copyto(half, size, casting="unsafe")
-    np.bitwise_or(sign, half, out=sign)

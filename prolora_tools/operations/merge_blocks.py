@@ -65,8 +65,7 @@ class Blocks:
         item = dtypes.ITEM_BITS[tensor.dtype] // 8
         for at, weight in self._weights(tensor, made, start, rows if stop is None else stop):
             out = self._buffer("out", weight.size * item)
-            scratch = self._buffer("scratch", weight.nbytes).view(weight.dtype)
-            carrier, finite = dtypes.encode_into(weight.reshape(-1), tensor.dtype, out, scratch)
+            carrier, finite = dtypes.encode_into(weight.reshape(-1), tensor.dtype, out)
             carrier = carrier.reshape(-1, columns)
             if not finite and not self.allow_nonfinite:
                 self._explain(tensor, at, weight, carrier)

@@ -153,7 +153,7 @@ def test_sizes() -> None:
 def into(values: Values, dtype: str) -> npt.NDArray[np.unsignedinteger[Any]]:
     """The bits that `encode_into` makes of finite values."""
     out = np.empty(values.size * dtypes.ITEM_BITS[dtype] // 8, dtype=np.uint8)
-    carrier, finite = dtypes.encode_into(values.copy(), dtype, out, np.empty_like(values))
+    carrier, finite = dtypes.encode_into(values.copy(), dtype, out)
     assert finite
     return bits(carrier)
 

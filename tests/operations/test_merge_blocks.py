@@ -160,9 +160,9 @@ def test_a_scaling_of_a_power_of_two_is_multiplied_in_once() -> None:
 )
 def test_encoding_in_place_is_encoding(bits: list[int], dtype: str, wide: Any) -> None:
     values = np.array(bits, dtype=np.uint32).view(np.float32).astype(wide)
-    out, scratch = np.empty(values.size * 8, dtype=np.uint8), np.empty_like(values)
+    out = np.empty(values.size * 8, dtype=np.uint8)
     wanted = dtypes.encode(values.copy(), dtype)
-    carrier, finite = dtypes.encode_into(values, dtype, out[: values.size * dtypes.ITEM_BITS[dtype] // 8], scratch)
+    carrier, finite = dtypes.encode_into(values, dtype, out[: values.size * dtypes.ITEM_BITS[dtype] // 8])
     assert finite == dtypes.all_finite(wanted)
     if finite:
         assert carrier.tobytes() == wanted.tobytes()
