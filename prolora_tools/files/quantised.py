@@ -43,7 +43,9 @@ CONFIGS = ("quantization_config", "compression_config")
 PARTS = ("text_config", "llm_config")
 """Parts of a composite config.json that may say it instead."""
 
-_HINT = "merge into the original float model, and quantise the result"
+ORIGINAL = "merge into the original float model, and quantise the result"
+"""The hint where a quantised base is refused."""
+
 _QUANT_STATE = ".quant_state.bitsandbytes__"
 _NOT_WEIGHTS = (
     ".input_scale", ".activation_scale", ".input_scale_ub", ".output_scale", ".q_scale", ".k_scale", ".v_scale"
@@ -201,8 +203,12 @@ def _floats(files: Files, tensor: StoredTensor, begin: int, end: int) -> Numbers
 
 def quantisation(config: dict[str, Any]) -> Any:
     """What config.json says about the model's quantisation, None if nothing."""
-    parts = [config, *(config[k] for k in PARTS if isinstance(config.get(k), dict))]
-    return next((part[key] for part in parts for key in CONFIGS if part.get(key)), None)
+    return next((part[key] for part in _parts(config) for key in CONFIGS if part.get(key)), None)
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config and what of it is a config of a part of the model."""
+    return [config, *(config[key] for key in PARTS if isinstance(config.get(key), dict))]
 
 
 def open_base(folder: Path) -> Checkpoint:
@@ -238,7 +244,7 @@ def dequantised(base: Checkpoint) -> Checkpoint:
             "base-quantised",
             f"{base.folder}/config.json has a quantization_config ({method}{f', {form}' if form else ''}): "
             "this kind of packed weights is not read",
-            hint=_HINT,
+            hint=ORIGINAL,
         )
     kept = readers[method](base, told)
     shards = {file: {name: kept[name] for name in tensors if name in kept} for file, tensors in base.shards.items()}
@@ -255,13 +261,12 @@ def dequantised(base: Checkpoint) -> Checkpoint:
 
 def _default_dtype(config: dict[str, Any]) -> str:
     """The dtype that config.json gives the model, BF16 if none."""
-    parts = [config, *(config[k] for k in PARTS if isinstance(config.get(k), dict))]
-    named = (part.get(key) for part in parts for key in ("dtype", "torch_dtype"))
+    named = (part.get(key) for part in _parts(config) for key in ("dtype", "torch_dtype"))
     return next((dtypes.NAMES[n] for n in named if isinstance(n, str) and n in dtypes.NAMES), "BF16")
 
 
 def _bad(tensor: StoredTensor, what: str) -> InputError:
-    return InputError("base-quantised-tensor", f"{tensor.file}: {tensor.name!r} {what}", hint=_HINT)
+    return InputError("base-quantised-tensor", f"{tensor.file}: {tensor.name!r} {what}", hint=ORIGINAL)
 
 
 def _part(base: Checkpoint, weight: StoredTensor, name: str, dtype: str | None, items: int | None) -> StoredTensor:

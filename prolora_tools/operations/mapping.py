@@ -15,7 +15,7 @@ from prolora_tools.files.adapter import AdapterModule
 from prolora_tools.files.keys import matches_parameter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from prolora_tools.files.adapter import Adapter
     from prolora_tools.files.checkpoint import Checkpoint
@@ -59,10 +59,6 @@ class Resolution:
     in_out: frozenset[str] = frozenset()
     parts: dict[str, tuple[Place, ...]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-
-    def places(self, name: str) -> tuple[Place, ...]:
-        """Where a parameter is stored."""
-        return self.parts.get(name) or (Place(self.keys[name]),)
 
 
 def touched(adapter: Adapter) -> list[str]:
@@ -154,8 +150,7 @@ class Mapping:
         if steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]) and len(names) == 1:
             return {name: self.stacked(name, lists, shape)}
         if steps == [("Concatenate", 0)] and len(names) == 1:
-            flat = [[key] for keys in lists for key in keys]
-            return {name: self.filled(name, self.joined(flat, None), shape[0])}
+            return {name: self.joined(name, [key for keys in lists for key in keys], shape[0])}
         if steps == [("Chunk", 0)] and len(lists) == 1 and len(lists[0]) == 1:
             return self.chunks(names, lists[0][0])
         dims = [(getattr(op, "dim0", None), getattr(op, "dim1", None)) for op in converter.operations]
@@ -171,22 +166,17 @@ class Mapping:
             raise _UnknownError(f"{name} is {list(shape)}, of {', '.join(str(len(keys)) for keys in lists)} tensors")
         places: list[Place] = []
         for expert, keys in enumerate(zip(*lists, strict=True)):
-            places += self.filled(name, self.joined([[key] for key in keys], expert), shape[1])
+            places += self.joined(name, keys, shape[1], expert)
         return tuple(places)
 
-    def joined(self, lists: list[list[str]], expert: int | None) -> list[Place]:
-        """Tensors whose rows follow each other."""
+    def joined(self, name: str, keys: Iterable[str], rows: int, expert: int | None = None) -> tuple[Place, ...]:
+        """Tensors whose rows follow each other and make up all rows of the parameter."""
         places, first = [], 0
-        for (key,) in lists:
-            rows = self.base.tensors[key].shape[0]
-            places.append(Place(key, expert, first, rows))
-            first += rows
-        return places
-
-    def filled(self, name: str, places: list[Place], rows: int) -> tuple[Place, ...]:
-        """The places, which must hold all rows of the parameter."""
-        if sum(place.rows or 0 for place in places) != rows:
-            raise _UnknownError(f"{name} has {rows} rows, its stored tensors {sum(p.rows or 0 for p in places)}")
+        for key in keys:
+            places.append(Place(key, expert, first, self.base.tensors[key].shape[0]))
+            first += self.base.tensors[key].shape[0]
+        if first != rows:
+            raise _UnknownError(f"{name} has {rows} rows, its stored tensors {first}")
         return tuple(places)
 
     def chunks(self, names: list[str], key: str) -> dict[str, tuple[Place, ...]]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from prolora_tools.errors import MismatchError, RequestError, UnsupportedError
 from prolora_tools.files import dtypes, keys
 from prolora_tools.files.adapter import is_embedding
-from prolora_tools.files.quantised import QuantisedTensor
-from prolora_tools.operations.mapping import Place, Resolution, module_missing
+from prolora_tools.files.quantised import ORIGINAL, QuantisedTensor
+from prolora_tools.operations.mapping import Place, Resolution, module_missing, touched
 from prolora_tools.operations.resolution import missing, resolve
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _refuse_turned(base: Checkpoint, resolution: Resolution) -> None:
             raise UnsupportedError(
                 "base-quantised-conv1d",
                 f"{base.folder}: {key!r} is quantised, and of a Conv1D layer, whose weights are stored transposed then",
-                hint="merge into the original float model, and quantise the result",
+                hint=ORIGINAL,
             )
 
 
@@ -317,17 +317,15 @@ class _Planner:
         self.new: dict[str, OutputTensor] = {}
         self.by_key: dict[str, OutputTensor] = {}
         self.by_weight = {module.weight_name: module for module in adapter.modules.values()}
-        names = sorted({*self.by_weight, *(f"{path}.weight" for path in adapter.tokens), *adapter.whole})
-        names += [f"{m.path}.bias" for m in self.by_weight.values() if "bias" in m.stored]
-        tied = [name for name in names if name in resolution.tied]
-        in_parts = [name for name in names if name in resolution.parts and name not in resolution.tied]
-        plain = [name for name in names if name not in resolution.tied and name not in resolution.parts]
-        for name in plain:
-            self.by_key[self.key(name)] = self.changed(name, self.stored(name))
-        for name in in_parts:
-            self.add_parts(name, resolution.parts[name])
+        names = set(touched(adapter))
+        tied, own = names & resolution.tied.keys(), names - resolution.tied.keys()
+        for name in sorted(own):
+            if name in resolution.parts:
+                self.add_parts(name, resolution.parts[name])
+            else:
+                self.by_key[self.key(name)] = self.changed(name, self.stored(name))
         self.untied = False
-        self.settle_ties({*plain, *in_parts}, tied)
+        self.settle_ties(own, tied)
 
     def key(self, name: str) -> str:
         if name not in self.resolution.keys:
@@ -343,7 +341,7 @@ class _Planner:
         stored = self.base.tensors[key]
         return self.by_key.get(key, OutputTensor(key, stored.dtype, stored))
 
-    def settle_ties(self, plain: set[str], tied: list[str]) -> None:
+    def settle_ties(self, own: set[str], tied: set[str]) -> None:
         """A head that shares the embedding's tensor: keep sharing only where both end up the same.
 
         PEFT adds a delta to both when it merges one of them; its forward does not. The forward is what was
@@ -351,7 +349,7 @@ class _Planner:
         """
         whole = self.adapter.whole
         for name, source in self.resolution.tied.items():
-            if name not in tied and source not in plain:
+            if name not in tied and source not in own:
                 continue
             path = source.removesuffix(".weight")
             if (name not in tied and path in self.adapter.tokens) or (
