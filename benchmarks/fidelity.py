@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import transformers
 
-from prolora_tools.core.allocation import Point, allocate
-from prolora_tools.core.fitting import NO_MOMENTS, truncated
+from prolora_tools.core.allocation import allocate_ranks
+from prolora_tools.core.fitting import NO_MOMENTS, SharedFactors, lengthened, truncated
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.operations.calibrate import Statistics, calibrate
@@ -53,10 +53,13 @@ ROWS: list[tuple[int, int, Any]] = [
     (4, 2, "official"),
     (4, 2, "free"),
 ]
-BRIEF = ((1, 7, "free"), (0, 2, "free"), (2, 3, "free"), (4, 2, "free"))
+BRIEF = ((1, 7, "free"), (2, 2, "official"), (0, 2, "free"), (2, 3, "free"), (4, 2, "free"))
+WHOLE = ("llama-tiny-py-r8", "llama-tiny-py-r16")
+"""Adapters that get the whole table; the others a brief one, unless all are asked for."""
 RATIOS = (4, 16 / 7, 2, 8 / 5, 4 / 3)
+LONGER = "SVD, calibrated, lengthened"
 METHODS = ("average", "align", "fit", "fit, inputs", "fit, inputs and outputs")
-RIVALS = ("SVD", "SVD, inputs", "SVD, inputs and outputs")
+RIVALS = ("SVD", "SVD, inputs", "SVD, inputs and outputs", LONGER)
 NORMS = ("", "inputs", "inputs and outputs")
 PROTOTYPE: dict[str, dict[str, float]] = {
     "u=1, m=n=7, strides (1, 3)": {"fit": 84.8, "fit, inputs": 92.2, "fit, inputs and outputs": 95.3},
@@ -167,7 +170,7 @@ class Bench:
         size, whole = sum(m.parameters for m in report.modules), self.parameters
         if "budget" in asked:
             shapes = Counter(
-                f"r={m.rank}, u={m.unshared}, m={m.chunks_a}" if m.rank > m.unshared else f"LoRA {m.rank}"
+                f"r={m.rank}, u={m.unshared}, {m.chunks_a}/{m.chunks_b}" if m.rank > m.unshared else f"LoRA {m.rank}"
                 for m in report.modules
             )
             told = "; ".join(f"{count} x {name}" for name, count in shapes.most_common())
@@ -190,11 +193,15 @@ class Bench:
         return pair[0], pair[1]
 
     def svd(self, ranks: dict[str, int], shape: str, method: str, stats: Statistics | None) -> Cell:
-        """The truncated SVD of these ranks in the norm of the statistics."""
+        """The truncated SVD of these ranks in the norm of the statistics, with the length of a fit if so named."""
         begun, deltas, parameters = time.perf_counter(), {}, 0
         for path, module in self.adapter.modules.items():
             a, b = module.factors()
-            a_hat, bt_hat, _ = truncated(a, b.T, ranks[path], self.norm(path, stats))
+            norm = self.norm(path, stats)
+            a_hat, bt_hat, _ = truncated(a, b.T, ranks[path], norm)
+            if method == LONGER:
+                cut = SharedFactors(a_hat[:0], bt_hat[:0], a_hat, bt_hat)
+                bt_hat = lengthened(cut, a, b.T, Geometry.lora(ranks[path]), norm).b_unshared
             deltas[path] = module.scaling * (bt_hat.T @ a_hat)
             parameters += ranks[path] * (module.in_features + module.out_features)
         seconds = time.perf_counter() - begun
@@ -205,20 +212,12 @@ class Bench:
 
     def svd_ranks(self, budget: int, stats: Statistics | None) -> dict[str, int]:
         """The ranks that leave the least total error in the norm, by the allocation that chooses PRoLoRA's shapes."""
-        curves = []
+        values, dims = [], []
         for path, module in self.adapter.modules.items():
             a, b = module.factors()
-            values = module.scaling * truncated(a, b.T, 0, self.norm(path, stats))[2]
-            dims = module.in_features + module.out_features
-            curves.append(
-                [
-                    Point(Geometry.lora(k), k * dims, float(np.sum(values[k:] ** 2)))
-                    for k in range(1, module.geometry.rank + 1)
-                ]
-            )
-        points = allocate(curves, budget=budget)
-        assert points is not None, "the budget is below rank 1"
-        return {path: point.geometry.rank for path, point in zip(self.adapter.modules, points, strict=True)}
+            values.append(module.scaling * truncated(a, b.T, 0, self.norm(path, stats))[2])
+            dims.append(module.in_features + module.out_features)
+        return dict(zip(self.adapter.modules, allocate_ranks(values, dims, budget), strict=True))
 
 
 def measure(bench: Bench, calibration: Path, length: int, *, brief: bool) -> tuple[list[Cell], dict[str, Any]]:
@@ -249,15 +248,15 @@ def rivals(bench: Bench, stats: dict[str, Statistics | None], ratios: Sequence[f
         (f"rank {share * max(ranks.values()) // 8}", {path: max(round(share * r / 8), 1) for path, r in ranks.items()})
         for share in (2, 3, 4, 5, 6)
     ]
+    ways = [(f"SVD, {name}" if name else "SVD", found) for name, found in stats.items()]
+    ways.append((LONGER, ways[-1][1]))
     cells = []
     for label, kept in wanted:
-        for name, found in stats.items():
-            cells.append(show(bench.svd(kept, label, f"SVD, {name}" if name else "SVD", found)))
+        cells += [show(bench.svd(kept, label, *how)) for how in ways]
     for ratio in ratios:
-        for name, found in stats.items():
-            kept = bench.svd_ranks(int(bench.parameters / ratio), found)
-            label = f"ranks chosen, 1/{ratio:.3g} of the size"
-            cells.append(show(bench.svd(kept, label, f"SVD, {name}" if name else "SVD", found)))
+        label = f"ranks chosen, 1/{ratio:.3g} of the size"
+        for how in ways:
+            cells.append(show(bench.svd(bench.svd_ranks(int(bench.parameters / ratio), how[1]), label, *how)))
     return cells
 
 
@@ -411,7 +410,9 @@ def main() -> None:
     parser.add_argument("--eval", type=Path, help="held-out text")
     parser.add_argument("--calibration", type=Path, help="text for the statistics")
     parser.add_argument("--windows", type=int, default=40, help="of the held-out text, 40")
-    parser.add_argument("--brief", action="store_true", help="fewer shapes and budgets")
+    few = parser.add_mutually_exclusive_group()
+    few.add_argument("--brief", action="store_true", help="fewer shapes and budgets for every adapter")
+    few.add_argument("--whole", action="store_true", help=f"all of them for every adapter, not for {WHOLE} alone")
     parser.add_argument("--json", type=Path, help="write the measurements here, or read them with --render")
     parser.add_argument("--page", type=Path, help="put the tables between the markers of this Markdown page")
     parser.add_argument("--plot", type=Path, help="draw the picture here")
@@ -441,8 +442,11 @@ def main() -> None:
             limits = json.loads((base / "config.json").read_text())
             length = min(256, limits.get("n_positions") or limits.get("max_position_embeddings") or 256)
             bench = Bench(folder, base, evaluation, length=length, windows=options.windows)
-            cells, facts = measure(bench, calibration, length, brief=options.brief)
+            brief = options.brief or not (options.whole or folder.name in WHOLE)
+            cells, facts = measure(bench, calibration, length, brief=brief)
             results.append({"adapter": folder.name, "facts": facts, "cells": [asdict(c) for c in cells]})
+            if options.json:  # what is measured is kept, whatever happens to the rest
+                options.json.write_text(json.dumps({"adapters": results}, indent=1) + "\n")
         results.sort(key=lambda r: r["adapter"])
         if options.json:
             options.json.write_text(json.dumps({"adapters": results}, indent=1) + "\n")

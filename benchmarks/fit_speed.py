@@ -182,7 +182,7 @@ def width(dim: int, options: argparse.Namespace) -> None:
     decay = np.exp(-np.arange(options.rank) * 4 / options.rank)[:, None]
     a, bt = (rng.standard_normal((options.rank, dim)) * decay * 0.02 for _ in range(2))
     geometry = Geometry(options.rank, options.unshared, options.chunks, options.chunks)
-    norms = moments(dim, 1), moments(dim, 2)
+    norms, rank = (moments(dim, 1), moments(dim, 2)), geometry.parameters(dim, dim) // (2 * dim)
     for name, pair in (("inputs", (norms[0], None)), ("inputs and outputs", norms)):
         took = []
         for _ in range(options.repeat):
@@ -199,7 +199,7 @@ def width(dim: int, options: argparse.Namespace) -> None:
             "unshared": options.unshared,
             "chunks": options.chunks,
             "error": quality.calibrated_error / quality.calibrated_norm,
-            "svd_error": quality.svd_calibrated_error / quality.calibrated_norm,
+            "svd_error": quality.svd_calibrated_error(rank) / quality.calibrated_norm,
         }
         print(json.dumps(result), flush=True)
 

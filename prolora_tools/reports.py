@@ -151,9 +151,10 @@ class CandidatesReport(Report):
 class ModuleCompression(ModuleBudget):
     """One compressed module; errors are None in a dry run.
 
-    `svd_relative_error` is that of the truncated SVD of rank `svd_rank`, the largest LoRA no bigger than this.
+    `svd_relative_error` is that of the truncated SVD of rank `svd_rank`: the largest LoRA no bigger than this module
+    or, where shapes were chosen, as many ranks as the same budget gives it when SVD ranks are chosen.
     `calibrated_error` is the relative error in the norm of the statistics, and `svd_calibrated_error` that of the
-    best LoRA of rank `svd_rank` in that norm; None without statistics.
+    LoRA of rank `svd_rank` fitted in that norm; None without statistics.
     """
 
     method: str | None
@@ -177,11 +178,12 @@ class CompressionReport(Report):
         source_parameters: the same of the source.
         source_bytes: the same of the source.
         relative_error: |dW - dW^| / |dW| over all modules together, scaling included.
-        svd_relative_error: the same for truncated SVDs that are, module by module, no bigger.
+        svd_relative_error: the same for truncated SVDs that are no bigger: module by module, or, where shapes were
+            chosen, in total.
         svd_parameters: what those SVDs would cost, beside tensors included.
         max_error: the tolerance asked for.
         calibrated_error: the relative error in the norm of the statistics, None without them.
-        svd_calibrated_error: the same for the best LoRAs of those ranks in that norm.
+        svd_calibrated_error: the same for LoRAs of those ranks fitted in that norm.
         budget: parameters that were allowed, None where the shape was given or found.
     """
 

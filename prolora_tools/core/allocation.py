@@ -10,9 +10,11 @@ from prolora_tools.core.als import stride_candidates
 from prolora_tools.core.geometry import Geometry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
-CHUNKS = (2, 3, 4, 7, 12)
+_EQUAL = ((2, 2), (3, 3), (4, 4), (7, 7), (12, 12))
+_UNEQUAL = ((2, 1), (4, 2), (7, 4))
+"""Chunks of one side and of the other: a norm rarely asks the same of both."""
 _UNSHARED = (0, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 _SMALLER = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
 
@@ -35,13 +37,16 @@ class Point:
 def candidates(rank: int, in_features: int, out_features: int) -> list[Geometry]:
     """Shapes to try for a module of this rank, none larger than it is, one for each size.
 
-    Some ranks unshared and the others in chunks; twice the rank with nothing unshared in twice the chunks; and
-    plain LoRAs of smaller rank (all unshared), which are best where dW has few directions.
+    Some ranks unshared and the others in chunks, as many of A as of B or not; twice the rank with nothing unshared in
+    twice the chunks; and plain LoRAs of smaller rank (all unshared), which are best where dW has few directions.
     """
     shapes = [Geometry.lora(max(round(share * rank), 1)) for share in _SMALLER]
-    for chunks in CHUNKS:
-        shapes += [Geometry(rank, int(share * rank), chunks, chunks) for share in _UNSHARED]
-        shapes.append(Geometry(2 * rank, 0, 2 * chunks, 2 * chunks))
+    for m, n in _EQUAL:
+        shapes += [Geometry(rank, int(share * rank), m, n) for share in _UNSHARED]
+        shapes.append(Geometry(2 * rank, 0, 2 * m, 2 * n))
+    for pair in _UNEQUAL:
+        for m, n in (pair, pair[::-1]):
+            shapes += [Geometry(rank, int(share * rank), m, n) for share in _UNSHARED[:-1]]
     largest = rank * (in_features + out_features)
     by_size: dict[int, Geometry] = {}
     for shape in shapes:
@@ -76,6 +81,23 @@ def hull(points: Sequence[Point]) -> list[Point]:
 
 def _gain(small: Point, large: Point) -> float:
     return (small.error - large.error) / (large.parameters - small.parameters)
+
+
+def allocate_ranks(values: Sequence[Iterable[float]], dims: Sequence[int], budget: int) -> list[int]:
+    """The ranks of the truncated SVDs that leave the least total error within `budget`: the rival of `allocate`.
+
+    Args:
+        values: the singular values of every module, largest first, in a norm that all modules share.
+        dims: what a rank of each costs, in + out.
+        budget: parameters in total.
+    """
+    ranks, left = [0] * len(values), budget
+    gains = [(-(v**2) / dims[i], i) for i, own in enumerate(values) for v in own]
+    for _, i in sorted(gains):
+        if dims[i] <= left:
+            ranks[i] += 1
+            left -= dims[i]
+    return ranks
 
 
 def allocate(

@@ -5,6 +5,10 @@ scaling, which these maps never touch. Nothing here builds a dense dW: errors co
 
 With moments the norm is |G^1/2 (B A - B^ A^) C^1/2|: C the second moments of the layer's inputs, G those of the
 gradients of its outputs. A None among them is the identity.
+
+Least squares shortens: of the adapter's effect along its own direction it keeps 1 - x, x the squared relative error.
+The loss feels that in first order, as training went that way, and the norm hardly at all. So what is fitted, or
+cut off, with moments is made longer by 1 + x: 1 - x^2 is kept, at a squared relative error of x + x^2 - x^3.
 """
 
 from __future__ import annotations
@@ -75,22 +79,40 @@ class Quality:
     Attributes:
         method: the method that made it.
         error: of B A - B^ A^.
-        norm: of B A.
-        svd_rank: the largest rank whose plain LoRA has no more parameters.
-        svd_error: of B A minus its truncated SVD of that rank.
         calibrated_error: of B A - B^ A^ in the norm of the moments; equal to `error` without moments.
-        calibrated_norm: of B A in that norm.
-        svd_calibrated_error: of the best LoRA of rank `svd_rank` in that norm.
+        values: the singular values of B A, largest first.
+        calibrated_values: those in the norm of the moments.
+        calibrated: whether there are moments.
     """
 
     method: Method
     error: float
-    norm: float
-    svd_rank: int
-    svd_error: float
     calibrated_error: float
-    calibrated_norm: float
-    svd_calibrated_error: float
+    values: tuple[float, ...]
+    calibrated_values: tuple[float, ...]
+    calibrated: bool
+
+    @property
+    def norm(self) -> float:
+        """Of B A."""
+        return float(np.linalg.norm(self.values))
+
+    @property
+    def calibrated_norm(self) -> float:
+        """Of B A in the norm of the moments."""
+        return float(np.linalg.norm(self.calibrated_values))
+
+    def svd_error(self, rank: int) -> float:
+        """Of B A minus its truncated SVD of `rank`."""
+        return float(np.linalg.norm(self.values[rank:]))
+
+    def svd_calibrated_error(self, rank: int) -> float:
+        """Of the LoRA of `rank` that `fit` makes in the norm of the moments."""
+        error, norm = float(np.linalg.norm(self.calibrated_values[rank:])), self.calibrated_norm
+        if not self.calibrated or not norm:
+            return error
+        x = (error / norm) ** 2
+        return norm * float(np.sqrt(x + x**2 - x**3))
 
 
 def product_norm(a: Matrix, bt: Matrix) -> float:
@@ -294,17 +316,27 @@ def fit_many(
         starts = [simple[i][1] for i in unsolved]
         better = _als([pairs[i] for i in unsolved], geometry, starts, [norms[i] for i in unsolved], quick=quick)
         for i, factors in zip(unsolved, better, strict=True):
-            rounded = factors.map(store)
+            rounded = lengthened(factors, *pairs[i], geometry, norms[i]).map(store)
             tried[i].append((_error(pairs[i], rounded, geometry, norms[i]), len(METHODS), "fit", rounded))
     elif method in {None, "fit"} and geometry.unshared == geometry.rank:
         for i, norm in enumerate(norms):
             if min(t[0] for t in tried[i]) > 0.0:
-                rounded = _whole(*pairs[i], geometry, norm).map(store)
+                rounded = lengthened(_whole(*pairs[i], geometry, norm), *pairs[i], geometry, norm).map(store)
                 tried[i].append((_error(pairs[i], rounded, geometry, norm), len(METHODS), "fit", rounded))
     results = []
     for (a, bt), found, norm in zip(pairs, tried, norms, strict=True):
         error, _, name, factors = min(found, key=lambda t: t[:2])
-        results.append((factors, _quality(a, bt, geometry, factors, method or name, error, norm)))
+        values = tuple(np.linalg.svd(_core(a, bt), compute_uv=False).tolist())
+        plain = norm == NO_MOMENTS
+        quality = Quality(
+            method=method or name,
+            error=error if plain else _error((a, bt), factors, geometry, NO_MOMENTS),
+            calibrated_error=error,
+            values=values,
+            calibrated_values=values if plain else tuple(truncated(a, bt, 0, norm)[2].tolist()),
+            calibrated=not plain,
+        )
+        results.append((factors, quality))
     return results
 
 
@@ -312,6 +344,22 @@ def _whole(a: AnyMatrix, bt: AnyMatrix, geometry: Geometry, moments: Pair) -> Sh
     """With nothing shared the optimum is the truncated SVD in the norm."""
     a_hat, bt_hat, _ = truncated(a, bt, geometry.rank, moments)
     return _split(_padded(a_hat, geometry.rank), _padded(bt_hat, geometry.rank), range(geometry.rank), geometry)
+
+
+def lengthened(factors: SharedFactors, a: AnyMatrix, bt: AnyMatrix, geometry: Geometry, moments: Pair) -> SharedFactors:
+    """With moments, B^ times 1 + x, where x is the share of dW's own component that is missing; else as they are.
+
+    For the least-squares solution x is its squared relative error. Without moments the Frobenius norm says too little
+    about what matters: on some adapters a longer dW^ is better, on others it is worse.
+    """
+    if moments == NO_MOMENTS:
+        return factors
+    a_hat, bt_hat = factors.expanded(geometry)
+    heavy_a, heavy_b = (x if m is None else m.apply(x) for x, m in zip((a, bt), moments, strict=True))
+    square = float(np.sum((heavy_a @ a.T) * (heavy_b @ bt.T)))
+    own = float(np.sum((heavy_a @ a_hat.T) * (heavy_b @ bt_hat.T)))
+    missing = min(max(1.0 - own / square, 0.0), 1.0) if square > 0 else 0.0
+    return replace(factors, b_chunk=factors.b_chunk * (1 + missing), b_unshared=factors.b_unshared * (1 + missing))
 
 
 Tried = tuple[float, int, Method, SharedFactors]
@@ -445,22 +493,3 @@ def _arrays(factors: SharedFactors) -> tuple[AnyMatrix, ...]:
 
 def _factors(arrays: tuple[AnyMatrix, ...]) -> SharedFactors:
     return SharedFactors(arrays[0], arrays[2], arrays[1], arrays[3])
-
-
-def _quality(
-    a: AnyMatrix, bt: AnyMatrix, geometry: Geometry, factors: SharedFactors, method: Method, error: float, moments: Pair
-) -> Quality:
-    values = np.linalg.svd(_core(a, bt), compute_uv=False)
-    parameters = geometry.parameters(a.shape[1], bt.shape[1])
-    svd_rank = min(parameters // (a.shape[1] + bt.shape[1]), len(values))
-    weighed = values if moments == NO_MOMENTS else truncated(a, bt, 0, moments)[2]
-    return Quality(
-        method=method,
-        error=error if moments == NO_MOMENTS else _error((a, bt), factors, geometry, NO_MOMENTS),
-        norm=float(np.linalg.norm(values)),
-        svd_rank=svd_rank,
-        svd_error=float(np.linalg.norm(values[svd_rank:])),
-        calibrated_error=error,
-        calibrated_norm=float(np.linalg.norm(weighed)),
-        svd_calibrated_error=float(np.linalg.norm(weighed[svd_rank:])),
-    )

@@ -66,7 +66,8 @@ class _Norm:
         spans = [slice(i * width, min((i + 1) * width, self.dim)) for i in range(copies)]
         rows = width if root is None else min(len(root), width)
         count = self.order // 2 + 1
-        self.coupled = count * width * rows <= _LARGEST_INVERSES
+        # One copy is turned by nothing: one inverse, and an exact one.
+        self.coupled = copies > 1 and count * width * rows <= _LARGEST_INVERSES
         phases = [self._phases(f) for f in range(count if self.coupled else 1)]
         if root is not None and 2 * rows * (1 if self.coupled else copies) <= width:  # never a dense C
             parts = [np.pad(root[:, s], ((0, 0), (0, width - s.stop + s.start))) for s in spans]

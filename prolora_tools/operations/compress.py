@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from prolora_tools.core.allocation import allocate_ranks
 from prolora_tools.core.fitting import METHODS, NO_MOMENTS, Method, Quality, fit_many
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.errors import RequestError, UnsupportedError
@@ -124,6 +125,7 @@ def compress(
         if mode == "detect":
             job.shapes = detected(source)
         elif mode == "choose":
+            job.chosen = True
             job.shapes = chosen(source, job.moments, budget=_limit(source, budget, ratio), error=max_error)
         if strides == "free" and mode != "detect":
             settle_strides(source, job.shapes, job.moments)
@@ -210,6 +212,7 @@ class _Job:
         self.statistics: Statistics | None = None
         self.dtypes = {path: dtype or module.dtype for path, module in source.modules.items()}
         self.shapes = Shapes({}, Geometry.lora(1))
+        self.chosen = False
         self.qualities: dict[str, Quality] = {}
         self.ready: dict[str, SharedFactors] = {}
 
@@ -304,6 +307,19 @@ class _Job:
             **self.shapes.config(self.source),
         }
 
+    def _svd_ranks(self) -> dict[str, int]:
+        """The rival's: under a chosen shape as many as the same kind of choice gives; else the largest no bigger."""
+        modules, dims, sizes = list(self.source.modules.items()), [], []
+        for path, m in modules:
+            dims.append(m.in_features + m.out_features)
+            sizes.append(self.geometries[path].parameters(m.in_features, m.out_features))
+        if self.chosen and self.qualities:
+            values = [[m.scaling * v for v in self.qualities[path].calibrated_values] for path, m in modules]
+            ranks = allocate_ranks(values, dims, sum(sizes))
+        else:
+            ranks = [min(s // d, m.geometry.rank) for s, d, (_, m) in zip(sizes, dims, modules, strict=True)]
+        return {path: rank for (path, _), rank in zip(modules, ranks, strict=True)}
+
     def report(self, output: str | None, max_error: float | None, budget: int | None = None) -> CompressionReport:
         """The report; without the errors when nothing was fitted."""
         modules, source = [], self.source
@@ -311,19 +327,20 @@ class _Job:
         error = svd_error = norm = 0.0
         weighed = [0.0, 0.0, 0.0]  # squares of the error, the SVD's and the whole, in the calibrated norm
         svd_parameters = 0
+        svd_ranks = self._svd_ranks()
         for path, m in source.modules.items():
             geometry, dims = self.geometries[path], m.in_features + m.out_features
             parameters = geometry.parameters(m.in_features, m.out_features)
             quality = self.qualities.get(path)
-            svd_rank = min(parameters // dims, m.geometry.rank)
+            svd_rank = svd_ranks[path]
             svd_parameters += svd_rank * dims
             n_bytes = parameters * dtypes.ITEM_BITS[self.dtypes[path]] // 8
             counted = module_budget(path, m.in_features, m.out_features, geometry, n_bytes=n_bytes)
             if quality is not None:
                 error += (m.scaling * quality.error) ** 2
-                svd_error += (m.scaling * quality.svd_error) ** 2
+                svd_error += (m.scaling * quality.svd_error(svd_rank)) ** 2
                 norm += (m.scaling * quality.norm) ** 2
-                told = (quality.calibrated_error, quality.svd_calibrated_error, quality.calibrated_norm)
+                told = (quality.calibrated_error, quality.svd_calibrated_error(svd_rank), quality.calibrated_norm)
                 weighed = [w + (m.scaling * x) ** 2 for w, x in zip(weighed, told, strict=True)]
             modules.append(
                 ModuleCompression(
@@ -331,11 +348,11 @@ class _Job:
                     method=quality.method if quality else None,
                     relative_error=relative(quality.error, quality.norm) if quality else None,
                     svd_rank=svd_rank,
-                    svd_relative_error=relative(quality.svd_error, quality.norm) if quality else None,
+                    svd_relative_error=relative(quality.svd_error(svd_rank), quality.norm) if quality else None,
                     calibrated_error=relative(quality.calibrated_error, quality.calibrated_norm)
                     if quality and calibrated
                     else None,
-                    svd_calibrated_error=relative(quality.svd_calibrated_error, quality.calibrated_norm)
+                    svd_calibrated_error=relative(quality.svd_calibrated_error(svd_rank), quality.calibrated_norm)
                     if quality and calibrated
                     else None,
                 )

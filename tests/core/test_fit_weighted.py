@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prolora_tools.core import weighted
-from prolora_tools.core.fitting import NO_MOMENTS, difference_norm, fit, truncated
+from prolora_tools.core.fitting import NO_MOMENTS, difference_norm, fit, lengthened, truncated
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.core.moments import Moments
 from prolora_tools.core.weighted import WeightedFit
@@ -47,6 +48,13 @@ def cases(draw: st.DrawFn) -> tuple[Geometry, Array, Array, tuple[Moments | None
     return geometry, rng.standard_normal((inner, dims[0])), rng.standard_normal((inner, dims[1])), (sides[0], sides[1])
 
 
+def longer(error: float, norm: float) -> float:
+    """What an error becomes where the solution is made longer by 1 + x: dense, along one axis and across it."""
+    x = min((error / norm) ** 2, 1.0) if norm else 0.0
+    across = np.sqrt(x - x**2)  # the solution is (1 - x, across) beside a target of (1, 0)
+    return norm * float(np.hypot(1 - (1 + x) * (1 - x), (1 + x) * across))
+
+
 @given(cases())
 def test_never_worse_than_any_plain_method_in_the_norm(case: Any) -> None:
     geometry, a, bt, norm = case
@@ -58,6 +66,8 @@ def test_never_worse_than_any_plain_method_in_the_norm(case: Any) -> None:
     for method in ("average", "align", "fit"):
         plain = fit(a, bt, geometry, method=method)[0]
         other = difference_norm(a, bt, *plain.expanded(geometry), norm)
+        if method == "fit" and norm != NO_MOMENTS:
+            other = longer(other, scale)
         assert quality.calibrated_error <= other * (1 + 1e-9) + 1e-7 * scale
 
 
@@ -126,6 +136,43 @@ def test_the_calibrated_svd_is_the_best_lora_in_the_norm(case: Any, rank: int) -
     np.testing.assert_allclose(np.linalg.norm(values[rank:]), best, atol=1e-6 * dense[0])
     found = np.linalg.norm(roots[1] @ (bt.T @ a - bt_hat.T @ a_hat) @ roots[0])
     np.testing.assert_allclose(found, best, rtol=1e-5, atol=1e-6 * dense[0])
+
+
+@given(cases())
+def test_what_is_fitted_keeps_its_length_along_dw_to_first_order(case: Any) -> None:
+    """With moments the part of dW^ along dW is 1 - x^2, not 1 - x, and the error as documented; else nothing changes."""
+    geometry, a, bt, norm = case
+    shortened = fit(a, bt, geometry, method="align")[0]
+    a_hat, bt_hat = shortened.expanded(geometry)
+    roots = root(norm[0], a.shape[1]), root(norm[1], bt.shape[1])
+    target, before = (roots[1] @ y.T @ x @ roots[0] for x, y in ((a, bt), (a_hat, bt_hat)))
+    square = float(np.sum(before**2))
+    if square < 1e-12 * np.sum(target**2):
+        return
+    # The best length first: what least squares would leave.
+    factor = float(np.sum(target * before)) / square
+    best = replace(shortened, b_chunk=shortened.b_chunk * factor, b_unshared=shortened.b_unshared * factor)
+    made = lengthened(best, a, bt, geometry, norm)
+    if norm == NO_MOMENTS:
+        assert made is best
+        return
+    a_hat, bt_hat = made.expanded(geometry)
+    after = roots[1] @ bt_hat.T @ a_hat @ roots[0]
+    size = float(np.linalg.norm(target))
+    x = float(np.sum((target - factor * before) ** 2)) / size**2
+    np.testing.assert_allclose(np.sum(target * after) / size**2, 1 - x**2, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(target - after), longer(np.sqrt(x) * size, size), atol=1e-6 * size)
+
+
+def test_the_svd_that_is_told_is_made_longer_too() -> None:
+    """A chosen plain LoRA and the rival of its rank are one and the same, so neither wins."""
+    rng = np.random.default_rng(0)
+    a, bt, norm = rng.standard_normal((6, 20)), rng.standard_normal((6, 15)), (moments(20, 1), moments(15, 2))
+    quality = fit(a, bt, Geometry.lora(2), method="fit", moments=norm)[1]
+    np.testing.assert_allclose(quality.calibrated_error, quality.svd_calibrated_error(2), rtol=1e-6)
+    cut = float(np.linalg.norm(quality.calibrated_values[2:]))
+    np.testing.assert_allclose(quality.svd_calibrated_error(2), longer(cut, quality.calibrated_norm))
+    assert quality.svd_calibrated_error(2) > cut
 
 
 def test_without_moments_the_calibrated_svd_is_the_svd() -> None:
