@@ -25,8 +25,7 @@ import torch
 import transformers
 
 from prolora_tools.core.allocation import allocate_ranks
-from prolora_tools.core.fitting import NO_MOMENTS, SharedFactors, lengthened, truncated
-from prolora_tools.core.geometry import Geometry
+from prolora_tools.core.fitting import NO_MOMENTS, length, truncated
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.operations.calibrate import Statistics, calibrate
 from prolora_tools.operations.compress import compress
@@ -200,8 +199,7 @@ class Bench:
             norm = self.norm(path, stats)
             a_hat, bt_hat, _ = truncated(a, b.T, ranks[path], norm)
             if method == LONGER:
-                cut = SharedFactors(a_hat[:0], bt_hat[:0], a_hat, bt_hat)
-                bt_hat = lengthened(cut, a, b.T, Geometry.lora(ranks[path]), norm).b_unshared
+                bt_hat = bt_hat * length(a, b.T, a_hat, bt_hat, norm)
             deltas[path] = module.scaling * (bt_hat.T @ a_hat)
             parameters += ranks[path] * (module.in_features + module.out_features)
         seconds = time.perf_counter() - begun
@@ -445,11 +443,9 @@ def main() -> None:
             brief = options.brief or not (options.whole or folder.name in WHOLE)
             cells, facts = measure(bench, calibration, length, brief=brief)
             results.append({"adapter": folder.name, "facts": facts, "cells": [asdict(c) for c in cells]})
+            results.sort(key=lambda r: r["adapter"])
             if options.json:  # what is measured is kept, whatever happens to the rest
                 options.json.write_text(json.dumps({"adapters": results}, indent=1) + "\n")
-        results.sort(key=lambda r: r["adapter"])
-        if options.json:
-            options.json.write_text(json.dumps({"adapters": results}, indent=1) + "\n")
     if options.page:
         head, mark, rest = options.page.read_text().partition("<!-- tables -->\n")
         _, end, tail = rest.partition("<!-- end of tables -->")

@@ -316,12 +316,12 @@ def fit_many(
         starts = [simple[i][1] for i in unsolved]
         better = _als([pairs[i] for i in unsolved], geometry, starts, [norms[i] for i in unsolved], quick=quick)
         for i, factors in zip(unsolved, better, strict=True):
-            rounded = lengthened(factors, *pairs[i], geometry, norms[i]).map(store)
+            rounded = _lengthened(factors, pairs[i], geometry, norms[i]).map(store)
             tried[i].append((_error(pairs[i], rounded, geometry, norms[i]), len(METHODS), "fit", rounded))
     elif method in {None, "fit"} and geometry.unshared == geometry.rank:
         for i, norm in enumerate(norms):
             if min(t[0] for t in tried[i]) > 0.0:
-                rounded = lengthened(_whole(*pairs[i], geometry, norm), *pairs[i], geometry, norm).map(store)
+                rounded = _lengthened(_whole(*pairs[i], geometry, norm), pairs[i], geometry, norm).map(store)
                 tried[i].append((_error(pairs[i], rounded, geometry, norm), len(METHODS), "fit", rounded))
     results = []
     for (a, bt), found, norm in zip(pairs, tried, norms, strict=True):
@@ -346,20 +346,25 @@ def _whole(a: AnyMatrix, bt: AnyMatrix, geometry: Geometry, moments: Pair) -> Sh
     return _split(_padded(a_hat, geometry.rank), _padded(bt_hat, geometry.rank), range(geometry.rank), geometry)
 
 
-def lengthened(factors: SharedFactors, a: AnyMatrix, bt: AnyMatrix, geometry: Geometry, moments: Pair) -> SharedFactors:
-    """With moments, B^ times 1 + x, where x is the share of dW's own component that is missing; else as they are.
+def length(a: AnyMatrix, bt: AnyMatrix, a_hat: AnyMatrix, bt_hat: AnyMatrix, moments: Pair) -> float:
+    """1 + x, where x is the share of dW's own component that B^ A^ lacks in the norm; 1 without moments.
 
-    For the least-squares solution x is its squared relative error. Without moments the Frobenius norm says too little
-    about what matters: on some adapters a longer dW^ is better, on others it is worse.
+    For the least-squares solution x is its squared relative error. The Frobenius norm says too little about what
+    matters: in it a longer dW^ is better on some adapters and worse on others.
     """
     if moments == NO_MOMENTS:
-        return factors
-    a_hat, bt_hat = factors.expanded(geometry)
+        return 1.0
     heavy_a, heavy_b = (x if m is None else m.apply(x) for x, m in zip((a, bt), moments, strict=True))
     square = float(np.sum((heavy_a @ a.T) * (heavy_b @ bt.T)))
     own = float(np.sum((heavy_a @ a_hat.T) * (heavy_b @ bt_hat.T)))
-    missing = min(max(1.0 - own / square, 0.0), 1.0) if square > 0 else 0.0
-    return replace(factors, b_chunk=factors.b_chunk * (1 + missing), b_unshared=factors.b_unshared * (1 + missing))
+    return 1.0 + min(max(1.0 - own / square, 0.0), 1.0) if square > 0 else 1.0
+
+
+def _lengthened(
+    factors: SharedFactors, pair: tuple[AnyMatrix, AnyMatrix], geometry: Geometry, moments: Pair
+) -> SharedFactors:
+    factor = length(*pair, *factors.expanded(geometry), moments)
+    return replace(factors, b_chunk=factors.b_chunk * factor, b_unshared=factors.b_unshared * factor)
 
 
 Tried = tuple[float, int, Method, SharedFactors]
