@@ -174,6 +174,9 @@ def test_a_calibrated_budget_is_small_in_the_norm(statistics: Statistics, tmp_pa
     assert uniform.calibrated_error is not None
     assert chosen.calibrated_error < 0.9 * uniform.calibrated_error
     assert chosen.calibrated_error < 0.9 * relative(tmp_path / "plain", statistics)
+    assert any(m.chunks_a != m.chunks_b for m in chosen.modules if m.rank > m.unshared)
+    assert chosen.svd_parameters <= chosen.parameters
+    assert len({m.svd_rank for m in chosen.modules}) > 1  # of the rival, too, ranks were chosen
 
 
 @pytest.mark.usefixtures("few")

@@ -114,6 +114,23 @@ def test_a_ratio_is_kept_and_no_lora_of_one_rank_is_better(ratio: float, tmp_pat
     checked(report, tmp_path / "c", source)
     assert len({(m.rank, m.unshared, m.chunks_a) for m in report.modules}) > 1
     assert (report.relative_error or 1) < total_svd_error(source, int(8 / ratio))
+    # The rival is as free: its ranks are the modules' largest singular values a parameter, until nothing more fits.
+    gains = []
+    for m in Adapter.open(source).modules.values():
+        a, b = m.factors()
+        values = np.linalg.svd(m.scaling * b.astype(np.float64) @ a.astype(np.float64), compute_uv=False)[:8]
+        gains += [(v**2 / (m.in_features + m.out_features), v, m.path) for v in values]
+    gains.sort(reverse=True)
+    dims = {m.path: m.in_features + m.out_features for m in Adapter.open(source).modules.values()}
+    taken, size = [], 0
+    for gain in gains:
+        if size + dims[gain[2]] <= report.parameters:
+            taken.append(gain)
+            size += dims[gain[2]]
+    assert report.svd_parameters == size
+    assert {m.name: m.svd_rank for m in report.modules} == {p: sum(g[2] == p for g in taken) for p in dims}
+    left = 1 - sum(g[1] ** 2 for g in taken) / sum(g[1] ** 2 for g in gains)
+    assert report.svd_relative_error == pytest.approx(left**0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2-tiny-py-r8", "llama-tiny-py-r16-rslora-patterns"])
