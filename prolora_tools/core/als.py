@@ -180,22 +180,24 @@ def half_step(gram: Array, cross: Array, target: Array, side: Side, layout: Layo
 def stride_candidates(geometry: Geometry, most: int) -> list[tuple[int, int]]:
     """Pairs of strides worth trying: many distinct blocks of dW, met equally often; the geometry's own pair first.
 
-    Multiplying both strides by a unit of Z_r_s renames the ranks, so one pair of each such class is looked at.
+    Multiplying both strides by a unit of Z_r_s renames the ranks, so one pair of each such class is looked at. Of equal
+    ones those come first that leave one side its own stride, whose copies are the farthest apart.
     """
     shared, own = geometry.shared, (geometry.a.stride, geometry.b.stride)
     if geometry.is_lora or most <= 1:
         return [own]
     m, n = (min(c, shared) for c in (geometry.chunks_a, geometry.chunks_b))
     units = [k for k in range(1, shared + 1) if math.gcd(k, shared) == 1]
-    ranked: dict[tuple[int, int], tuple[int, int, int]] = {}
+    ranked: dict[tuple[int, int], tuple[int, int, bool, int]] = {}
     for pair in itertools.product(range(shared), repeat=2):
-        name = min((k * pair[0] % shared, k * pair[1] % shared) for k in units)
-        if name != pair:
+        alike = {(k * pair[0] % shared, k * pair[1] % shared) for k in units}
+        if min(alike) != pair:
             continue
         group = math.gcd(*pair, shared)
         met = Counter((i * pair[0] - j * pair[1]) % shared for i in range(m) for j in range(n))
         least = min(met.values()) if len(met) == shared // group else 0
-        ranked[pair] = (-len(met), max(met.values()) - least, -group)
+        moved = all(a != own[0] % shared and b != own[1] % shared for a, b in alike)
+        ranked[pair] = (-len(met), max(met.values()) - least, moved, -group)
     best = sorted(ranked, key=lambda pair: (ranked[pair], pair))
     return [own, *[pair for pair in best if pair != own][: most - 1]]
 

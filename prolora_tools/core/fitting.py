@@ -459,7 +459,7 @@ class Sample:
     moments: Pair = NO_MOMENTS
 
 
-def choose_strides(samples: Sequence[Sample], most: int = 5) -> tuple[int, int]:
+def choose_strides(samples: Sequence[Sample], most: int = 8) -> tuple[int, int]:
     """The strides that leave the smallest total error, of `most` candidates and after a few rounds each.
 
     Args:
