@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,7 +85,7 @@ def compress(
             decides the report's `ok`; it also decides the shapes where nothing else does.
         dtype: torch's name of the dtype to store; None keeps each module's.
         overwrite: replace `out` if it is a model folder.
-        dry_run: read headers only and write nothing; the errors are None.
+        dry_run: read headers only and write nothing; the errors are None, and free strides the official ones.
         finish: called with the complete folder and the report before the folder becomes `out`.
         progress: told of each finished module.
 
@@ -118,7 +118,9 @@ def compress(
     target = Path(out)
     check_target(target, [source.folder], overwrite=overwrite)
     if dry_run:
-        return job.report(None, max_error)
+        report = job.report(None, max_error)
+        told = ("a dry run reads no values, so the strides are the official ones: compress may choose others",)
+        return replace(report, notes=(*report.notes, *told)) if strides == "free" else report
     job.statistics = statistics() if callable(statistics) else statistics
     progress.start("compress", len(source.modules), "modules")
     with staged(target, [source.folder], overwrite=overwrite) as stage, one_blas_thread():

@@ -140,7 +140,7 @@ def test_verify_allows_an_ulp_in_merged_tensors_only(capsys: pytest.CaptureFixtu
 def test_dry_run_reports_the_same_and_writes_nothing(
     command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    options = {"compress": SHAPE, "expand": [], "merge": ["--base", BASE]}[command]
+    options = {"compress": [*SHAPE, "--strides", "official"], "expand": [], "merge": ["--base", BASE]}[command]
     out = str(tmp_path / "out")
     dry = json_of(capsys, command, LLAMA, "-o", out, *options, "--dry-run")
     assert list(tmp_path.iterdir()) == []
@@ -158,6 +158,12 @@ def test_dry_run_reports_the_same_and_writes_nothing(
         assert [{k: v for k, v in m.items() if k in kept[0]} for m in dry.pop(key)] == kept
         real.pop(key)
     assert dry == real
+
+
+def test_a_dry_run_tells_that_strides_may_change(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for strides, told in (([], True), (["--strides", "official"], False), (["--method", "average"], False)):
+        report = json_of(capsys, "compress", LLAMA, "-o", str(tmp_path / "out"), *SHAPE, *strides, "--dry-run")
+        assert any("strides" in note for note in report["notes"]) == told
 
 
 def test_results_go_to_stdout_and_notes_to_stderr(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
