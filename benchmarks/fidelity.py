@@ -376,8 +376,8 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
                 drawn[label] = axis.plot(x, y, **style)[0]
         axis.set(title=result["adapter"], xlabel="share of the LoRA's parameters", ylabel="lost gain, % (log scale)")
         axis.set_yscale("log")
-        axis.set_ylim(0.1, 60)
-        axis.set_yticks(ticks := [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50], [f"{t:g}" for t in ticks])
+        axis.set_ylim(0.05, 60)
+        axis.set_yticks(ticks := [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50], [f"{t:g}" for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     labels = sorted(drawn, key=lambda label: label.startswith("SVD"))

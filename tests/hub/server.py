@@ -239,15 +239,17 @@ class _Handler(BaseHTTPRequestHandler):
         size = reply.span[2] - reply.span[1] if reply.span else len(body)
         announced = size + (1000 if "long" in self.faults else 0)
         headers = {"Content-Length": str(announced), "Content-Type": "application/json", "X-Request-Id": "loopback"}
+        sent, path, authorization = 0 if self.command == "HEAD" else size, self.path, self.headers["Authorization"]
+        # Before the answer: a client that has it may look at once.
+        self.hub.requests.append(Seen(self.server.origin, self.command, path, authorization, reply.status, sent))
         self.send_response(reply.status)
         for name, value in (headers | reply.headers | self.faults.get("headers", {})).items():
             self.send_header(name, value)
         self.end_headers()
-        sent = 0 if self.command == "HEAD" else self._send(reply.span, body, size)
-        path, authorization = self.path, self.headers["Authorization"]
-        self.hub.requests.append(Seen(self.server.origin, self.command, path, authorization, reply.status, sent))
+        if self.command != "HEAD":
+            self._send(reply.span, body, size)
 
-    def _send(self, span: tuple[Path, int, int] | None, body: bytes, size: int) -> int:
+    def _send(self, span: tuple[Path, int, int] | None, body: bytes, size: int) -> None:
         if span is None:
             data = body
         else:
@@ -261,7 +263,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2])
             self._cut()
         self.wfile.write(data + b"x" * 1000 if "long" in self.faults else data)
-        return size
 
     def read(self, size: int = -1) -> bytes:
         """The request's body, up to its announced length."""
