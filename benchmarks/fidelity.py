@@ -436,13 +436,13 @@ def main() -> None:
             if config.get("use_dora") or base is None:
                 why = "its base is not there" if base is None else "DoRA's magnitudes go with the base's weights"
                 results.append({"adapter": folder.name, "refused": f"Not compressed: {why}."})
-                continue
-            limits = json.loads((base / "config.json").read_text())
-            length = min(256, limits.get("n_positions") or limits.get("max_position_embeddings") or 256)
-            bench = Bench(folder, base, evaluation, length=length, windows=options.windows)
-            brief = options.brief or not (options.whole or folder.name in WHOLE)
-            cells, facts = measure(bench, calibration, length, brief=brief)
-            results.append({"adapter": folder.name, "facts": facts, "cells": [asdict(c) for c in cells]})
+            else:
+                limits = json.loads((base / "config.json").read_text())
+                length = min(256, limits.get("n_positions") or limits.get("max_position_embeddings") or 256)
+                bench = Bench(folder, base, evaluation, length=length, windows=options.windows)
+                brief = options.brief or not (options.whole or folder.name in WHOLE)
+                cells, facts = measure(bench, calibration, length, brief=brief)
+                results.append({"adapter": folder.name, "facts": facts, "cells": [asdict(c) for c in cells]})
             results.sort(key=lambda r: r["adapter"])
             if options.json:  # what is measured is kept, whatever happens to the rest
                 options.json.write_text(json.dumps({"adapters": results}, indent=1) + "\n")
