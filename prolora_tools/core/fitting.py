@@ -132,8 +132,12 @@ def difference_norm(
     rows_a, rows_b = np.concatenate([a, a - a_hat]), np.concatenate([bt - bt_hat, bt_hat])
     grams = _gram(rows_a, moments[0]), _gram(rows_b, moments[1])
     square, scale = float(np.sum(grams[0] * grams[1])), float(np.trace(grams[0]) * np.trace(grams[1]))
-    if moments == NO_MOMENTS and square < 1e-10 * scale:  # the sum has cancelled; triangular factors do not square
-        return float(np.linalg.norm(_core(rows_a, rows_b)))
+    if square < 1e-10 * scale:  # the sum has cancelled; triangular factors do not square before they cancel
+        (q_a, r_a), (q_b, r_b) = np.linalg.qr(rows_a.T), np.linalg.qr(rows_b.T)
+        core = r_b @ r_a.T
+        if moments == NO_MOMENTS:
+            return float(np.linalg.norm(core))
+        square = float(np.sum((_gram(q_b.T, moments[1]) @ core) * (core @ _gram(q_a.T, moments[0]))))
     return float(np.sqrt(max(square, 0.0)))
 
 

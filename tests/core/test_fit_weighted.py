@@ -70,6 +70,19 @@ def test_never_worse_than_any_plain_method_in_the_norm(case: Any) -> None:
         assert quality.calibrated_error <= other * (1 + 1e-9) + 1e-7 * scale
 
 
+@given(cases(), st.integers(0, 2**31), st.sampled_from([0.0, 1e-9, 1e-6]))
+def test_an_error_far_below_the_norm_is_told_as_it_is(case: Any, seed: int, size: float) -> None:
+    """In another basis of the ranks the Gram matrices cancel to the last digit, and what they leave is noise."""
+    _, a, bt, norm = case
+    rng = np.random.default_rng(seed)
+    turn = np.linalg.qr(rng.standard_normal((len(a), len(a))))[0]
+    change = size * rng.standard_normal(a.shape)
+    found = difference_norm(a, bt, turn @ (a + change), turn @ bt, norm)
+    roots = root(norm[0], a.shape[1]), root(norm[1], bt.shape[1])
+    rounding = 1e-13 * float(np.prod([np.linalg.norm(x, 2) for x in (*roots, a, bt)]))
+    np.testing.assert_allclose(found, np.linalg.norm(roots[1] @ bt.T @ change @ roots[0]), rtol=1e-3, atol=rounding)
+
+
 @pytest.mark.parametrize(
     ("unshared", "chunks", "strides"), [(0, (2, 2), (4, 2)), (0, (3, 2), (None, None)), (2, (4, 3), (1, 2))]
 )
