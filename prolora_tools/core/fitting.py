@@ -13,6 +13,7 @@ cut off, with moments is made longer by 1 + x: 1 - x^2 is kept, at a squared rel
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from prolora_tools.core import als, weighted
 from prolora_tools.core.als import Batch, stride_candidates
-from prolora_tools.core.sharing import expand, project
+from prolora_tools.core.sharing import copy_rows, expand, project
 from prolora_tools.core.weighted import WeightedFit
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from prolora_tools.core.geometry import Geometry
+    from prolora_tools.core.geometry import Geometry, Sharing
     from prolora_tools.core.moments import Moments
 
     Matrix = npt.NDArray[np.floating[Any]]
@@ -236,6 +237,8 @@ def average(a: AnyMatrix, bt: AnyMatrix, geometry: Geometry) -> SharedFactors:
 def align(a: AnyMatrix, bt: AnyMatrix, geometry: Geometry) -> SharedFactors:
     """Chunk averaging in the SVD basis of B A, the top u directions unshared, singular values split evenly.
 
+    An SVD leaves the sign of every singular pair open; they are chosen so that averaging keeps more.
+
     Args:
         a: A, (r, in).
         bt: B transposed, (r, out).
@@ -244,7 +247,34 @@ def align(a: AnyMatrix, bt: AnyMatrix, geometry: Geometry) -> SharedFactors:
     ut, values, vt = svd_basis(a, bt)
     root = np.sqrt(values)[: geometry.rank, None]
     rows_a, rows_b = (_padded(root * x[: geometry.rank], geometry.rank) for x in (vt, ut))
-    return _split(rows_a, rows_b, range(geometry.unshared), geometry)
+    u = geometry.unshared
+    signs = np.concatenate([np.ones(u), _signs([(rows_a[u:], geometry.a), (rows_b[u:], geometry.b)])])[:, None]
+    rows_a, rows_b = rows_a * signs, rows_b * signs
+    return _split(rows_a, rows_b, range(u), geometry)
+
+
+def _signs(sides: Sequence[tuple[Matrix, Sharing]]) -> Matrix:
+    """Signs of the ranks, (r_s,): averaging would keep no more of both sides' energy with another sign of any one."""
+    shared = len(sides[0][0])
+    meet = np.zeros((shared, shared))  # what ranks k and l bring where they are averaged with one another
+    for rows, sharing in sides:
+        dim = rows.shape[1]
+        copies, width = sharing.copies(dim), sharing.width(dim)
+        padded = np.pad(rows, ((0, 0), (0, copies * width - dim))).reshape(shared, copies, width)
+        held = np.bincount(np.arange(dim) % width, minlength=width)
+        order = np.argsort(copy_rows(sharing, copies), axis=1)  # the rank behind every row of the chunk
+        for i, j in itertools.combinations(range(copies), 2):
+            np.add.at(meet, (order[i], order[j]), np.sum(padded[order[i], i] * padded[order[j], j] / held, axis=1))
+    meet += meet.T
+    np.fill_diagonal(meet, 0.0)
+    signs, least = np.ones(shared), -1e-9 * np.abs(meet).sum(axis=1)
+    moved = True
+    while moved:  # every flip raises the energy, so this ends
+        moved = False
+        for k in range(shared):
+            if signs[k] * (meet[k] @ signs) < least[k]:
+                signs[k], moved = -signs[k], True
+    return signs
 
 
 def truncated(a: AnyMatrix, bt: AnyMatrix, rank: int, moments: Pair = NO_MOMENTS) -> tuple[Matrix, Matrix, Matrix]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from prolora_tools.core.fitting import SharedFactors, align, average, difference_norm, fit, product_norm, svd_basis
 from prolora_tools.core.geometry import Geometry
+from prolora_tools.core.sharing import expand, project
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -79,6 +81,33 @@ def test_svd_basis_is_the_svd(case: tuple[Geometry, int, int, int]) -> None:
     np.testing.assert_allclose(values, dense[: len(values)], atol=1e-9)
     np.testing.assert_allclose(vt @ vt.T, np.eye(len(vt)), atol=1e-9)
     assert all(row[np.abs(row).argmax()] > 0 for row in vt)
+
+
+@given(cases())
+def test_no_other_sign_of_one_singular_pair_keeps_more(case: tuple[Geometry, int, int, int]) -> None:
+    geometry, *dims, seed = case
+    a, bt = random_factors(geometry, dims[0], dims[1], seed)
+    ut, values, vt = svd_basis(a, bt)
+    made = align(a, bt, geometry)
+    root = np.sqrt(values)[:, None]
+    u, missing = geometry.unshared, ((0, geometry.rank - len(values)), (0, 0))
+    sides = [(np.pad(root * x, missing)[u:], s) for x, s in ((vt, geometry.a), (ut, geometry.b))]
+
+    def kept(signs: Array) -> float:
+        full = [expand(project(signs[:, None] * x, s), s, x.shape[1]) for x, s in sides]
+        return float(sum(np.sum(x**2) for x in full))
+
+    def found(signs: Array) -> bool:
+        pairs = ((made.a_chunk, sides[0]), (made.b_chunk, sides[1]))
+        return all(np.allclose(chunk, project(signs[:, None] * x, s), atol=1e-9) for chunk, (x, s) in pairs)
+
+    tried = [np.array(signs) for signs in itertools.product((1.0, -1.0), repeat=geometry.shared)]
+    chosen = next(signs for signs in tried if found(signs))
+    for k in range(geometry.shared):
+        other = chosen.copy()
+        other[k] *= -1
+        assert kept(other) <= kept(chosen) * (1 + 1e-8)
+    assert kept(chosen) >= kept(np.ones(geometry.shared)) * (1 - 1e-8)
 
 
 @given(cases())
