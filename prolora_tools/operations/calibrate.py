@@ -154,7 +154,7 @@ def calibrate(
         progress: told of each finished window.
 
     Raises:
-        RequestError: a number is out of its range, or the device is not there.
+        RequestError: a number is out of its range, or the device is not there, has no float64 or too little memory.
         InputError: a file is missing or broken, or the text is shorter than one window.
         MismatchError: the base does not have the adapter's modules.
         UnsupportedError: DoRA, custom code, or gradients of a model without logits.
@@ -167,8 +167,8 @@ def calibrate(
     import torch  # noqa: PLC0415 - seconds of import
 
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an AssertionError where torch was built without it
+        torch.empty(0, dtype=torch.float64, device=device)  # what sums are kept in
+    except (RuntimeError, AssertionError, TypeError) as error:  # as it is not built in, or has no float64
         raise RequestError(
             "calibrate-device",
             f"torch cannot use {device!r}: {first_line(error)}",
@@ -189,11 +189,19 @@ def calibrate(
     with collector.watching():
         for start in range(0, len(windows), batch):
             ids = torch.tensor(windows[start : start + batch], device=device)
-            if outputs:
-                _sampled_loss(model, ids, generator)
-            else:
-                with torch.no_grad():
-                    model(ids)
+            try:
+                if outputs:
+                    _sampled_loss(model, ids, generator)
+                else:
+                    with torch.no_grad():
+                        model(ids)
+            except torch.OutOfMemoryError as error:
+                raise RequestError(
+                    "calibrate-memory",
+                    f"{device} has not enough memory for {len(ids)} windows of {len(windows[0]):,} tokens at once: "
+                    f"{first_line(error)}",
+                    hint="give a smaller --calibrate-batch or --calibrate-length",
+                ) from error
             progress.advance(len(ids))
     return Statistics(collector.arrays(), len(windows) * len(windows[0]))
 

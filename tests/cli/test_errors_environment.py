@@ -19,15 +19,17 @@ import pytest
 import prolora_tools
 from prolora_tools.cli import run
 from prolora_tools.core.geometry import Geometry
-from prolora_tools.errors import OutputError, ProloraError, UnsupportedError
+from prolora_tools.errors import OutputError, ProloraError, RequestError, UnsupportedError
 from prolora_tools.files.writer import staged
 from tests.failing import build
+from tests.support import model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ENVIRONMENT = {
     "calibrate-dora": "test_statistics_of_a_dora_adapter",
+    "calibrate-memory": "test_a_device_with_too_little_memory",
     "calibrate-no-logits": "test_gradients_of_a_model_without_logits",
     "dtype-unknown": "test_names_that_click_would_refuse",
     "file-changed": "test_adapter_that_shrinks_while_it_is_read test_base_that_shrinks_while_it_is_copied",
@@ -490,6 +492,24 @@ def test_statistics_of_a_dora_adapter(tmp_path: Path) -> None:
     build.write(tmp_path, dora)
     error = raised(calibrate, tmp_path / "adapter", base=tmp_path, text=tmp_path / "text")
     assert (error.code, type(error)) == ("calibrate-dora", UnsupportedError)
+
+
+def test_a_device_with_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch raises where a batch does not fit, with what to do about it."""
+    import torch
+
+    from prolora_tools.operations import calibrate as operation
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(operation, "_sampled_loss", full)
+    (tmp_path / "text").write_text("word " * 999)
+    found = model("gpt2-tiny-py-r8"), model("gpt2-tiny-en")
+    error = raised(operation.calibrate, found[0], base=found[1], text=tmp_path / "text", outputs=True, length=16)
+    assert (error.code, type(error)) == ("calibrate-memory", RequestError)
+    assert "8 windows of 16 tokens" in str(error)
+    assert "more" not in str(error)
 
 
 def test_gradients_of_a_model_without_logits() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,12 @@ from prolora_tools.core.allocation import candidates
 from prolora_tools.core.fitting import fit_many
 from prolora_tools.errors import InputError, MismatchError, RequestError
 from prolora_tools.files.adapter import Adapter
+from prolora_tools.files.tensors import StoredTensor
 from prolora_tools.operations import calibrate as operation
 from prolora_tools.operations import shapes
 from prolora_tools.operations.calibrate import Statistics, calibrate
-from tests.support import model
+from tests.operations import second_device
+from tests.support import ROOT, model
 
 if TYPE_CHECKING:
     from prolora_tools.core.fitting import Pair
@@ -256,3 +260,24 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert end.value.code == 0
         outputs.append(json.loads(capsys.readouterr().out))
     assert outputs[0]["calibrated_error"] == outputs[1]["calibrated_error"] > 0
+
+
+def test_a_second_device_gives_the_statistics_of_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the two devices meets but by a copy, dense sums and sketches, inputs and gradients."""
+    base, adapter = model("llama-tiny-en"), model("llama-tiny-py-r8")
+    arguments = [sys.executable, "-m", second_device.__name__, *map(str, (adapter, base, TEXT, tmp_path / "elsewhere"))]
+    made = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    monkeypatch.setattr(operation, "DENSE", second_device.DENSE)
+    monkeypatch.setattr(operation, "ROWS", second_device.ROWS)
+    expected = calibrate(adapter, base=base, text=TEXT, **second_device.SETTINGS).arrays
+    found = Statistics.open(tmp_path / "elsewhere").arrays
+    assert found.keys() == expected.keys()
+    assert {name.partition(":")[0] for name in found} == {
+        side + part for side in ("input", "output") for part in ("", ".sketch", ".diagonal")
+    }
+    for name, stored in found.items():
+        assert isinstance(stored, StoredTensor)
+        numbers = expected[name]
+        assert isinstance(numbers, np.ndarray)
+        np.testing.assert_allclose(stored.read(), numbers, atol=1e-4 * np.abs(numbers).max())
