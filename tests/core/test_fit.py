@@ -226,6 +226,18 @@ def test_stride_candidates_meet_as_many_blocks_as_can_be(shared: int, m: int, n:
     assert max(distinct(p) for p in found) == most
 
 
+@pytest.mark.parametrize("shared", [6, 8, 16])
+def test_stride_candidates_that_leave_one_side_its_own_come_first(shared: int) -> None:
+    """Of pairs that meet as many blocks: half of the rank sets two copies farthest apart."""
+    geometry = Geometry(shared, 0, 2, 2)
+    found = stride_candidates(geometry, shared**2)[1:]
+    full = [pair for pair in found if Geometry(shared, 0, 2, 2, *pair).distinct_blocks(2, 2) == 4]
+    keeps = [shared // 2 in pair for pair in full]
+    assert any(keeps)
+    assert not all(keeps)
+    assert keeps == sorted(keeps, reverse=True)
+
+
 def test_strides_are_chosen_where_equal_ones_have_a_floor() -> None:
     """With m = n = 2 and equal strides dW is [[X, Y], [Y, X]]."""
     geometry = Geometry(8, 0, 2, 2)
