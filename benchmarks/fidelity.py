@@ -57,16 +57,17 @@ WHOLE = ("llama-tiny-py-r8", "llama-tiny-py-r16")
 """Adapters that get the whole table; the others a brief one, unless all are asked for."""
 RATIOS = (4, 16 / 7, 2, 8 / 5, 4 / 3)
 LONGER = "SVD, calibrated, lengthened"
-METHODS = ("average", "align", "fit", "fit, inputs", "fit, inputs and outputs")
+DIRECTIONS = "fit, calibrated, by directions"
+METHODS = ("average", "align", "fit", "fit, inputs", "fit, inputs and outputs", DIRECTIONS)
 RIVALS = ("SVD", "SVD, inputs", "SVD, inputs and outputs", LONGER)
 NORMS = ("", "inputs", "inputs and outputs")
 PROTOTYPE: dict[str, dict[str, float]] = {
     "u=1, m=n=7, strides (1, 3)": {"fit": 84.8, "fit, inputs": 92.2, "fit, inputs and outputs": 95.3},
-    "u=2, m=n=4, official": dict(zip(METHODS, (63.5, 94.3, 95.2, 97.5, 98.3), strict=True)),
-    "u=0, m=n=2, official": dict(zip(METHODS, (58.7, 59.9, 81.2, 98.1, 98.7), strict=True)),
+    "u=2, m=n=4, official": dict(zip(METHODS[:5], (63.5, 94.3, 95.2, 97.5, 98.3), strict=True)),
+    "u=0, m=n=2, official": dict(zip(METHODS[:5], (58.7, 59.9, 81.2, 98.1, 98.7), strict=True)),
     "u=0, m=n=2, strides (4, 2)": {"fit": 94.0, "fit, inputs": 97.9, "fit, inputs and outputs": 98.6},
-    "u=2, m=n=2, official": dict(zip(METHODS, (76.6, 96.0, 97.3, 99.1, 99.4), strict=True)),
-    "u=4, m=n=2, official": dict(zip(METHODS, (88.9, 98.8, 99.1, 99.6, 99.7), strict=True)),
+    "u=2, m=n=2, official": dict(zip(METHODS[:5], (76.6, 96.0, 97.3, 99.1, 99.4), strict=True)),
+    "u=4, m=n=2, official": dict(zip(METHODS[:5], (88.9, 98.8, 99.1, 99.6, 99.7), strict=True)),
     "rank 2": {"SVD": 93.7, "SVD, inputs and outputs": 94.0},
     "rank 3": {"SVD": 96.7, "SVD, inputs and outputs": 97.2},
     "rank 4": {"SVD": 98.3, "SVD, inputs and outputs": 98.6},
@@ -218,7 +219,9 @@ class Bench:
         return dict(zip(self.adapter.modules, allocate_ranks(values, dims, budget), strict=True))
 
 
-def measure(bench: Bench, calibration: Path, length: int, *, brief: bool) -> tuple[list[Cell], dict[str, Any]]:
+def measure(
+    bench: Bench, calibration: Path, length: int, only: Sequence[str] | None, *, brief: bool
+) -> tuple[list[Cell], dict[str, Any]]:
     """All cells of an adapter, and its facts."""
     rank = max(m.geometry.rank for m in bench.adapter.modules.values())
     facts: dict[str, Any] = {"rank": rank, "loss of base": bench.before, "loss of LoRA": bench.after}
@@ -232,10 +235,10 @@ def measure(bench: Bench, calibration: Path, length: int, *, brief: bool) -> tup
     if outputs:
         stats["inputs and outputs"] = both
     ratios, rows = (RATIOS[::2], [r for r in ROWS if r in BRIEF]) if brief else (RATIOS, ROWS)
-    cells = rivals(bench, stats, ratios)
+    cells = [] if only else rivals(bench, stats, ratios)
     with tempfile.TemporaryDirectory() as scratch:
-        cells += shapes(bench, Path(scratch) / "out", stats, rows)
-        cells += budgets(bench, Path(scratch) / "out", stats, ratios)
+        cells += shapes(bench, Path(scratch) / "out", stats, rows, only or METHODS)
+        cells += [] if only else budgets(bench, Path(scratch) / "out", stats, ratios)
     return cells, facts
 
 
@@ -259,7 +262,11 @@ def rivals(bench: Bench, stats: dict[str, Statistics | None], ratios: Sequence[f
 
 
 def shapes(
-    bench: Bench, out: Path, stats: dict[str, Statistics | None], rows: Sequence[tuple[int, int, Any]]
+    bench: Bench,
+    out: Path,
+    stats: dict[str, Statistics | None],
+    rows: Sequence[tuple[int, int, Any]],
+    methods: Sequence[str],
 ) -> list[Cell]:
     """PRoLoRA of one shape, by every method."""
     scale = max(m.geometry.rank for m in bench.adapter.modules.values()) // 8
@@ -269,9 +276,10 @@ def shapes(
         label = f"u={unshared * scale}, m=n={chunks}, {steps if isinstance(steps, str) else f'strides {steps}'}"
         asked = {"unshared": unshared * scale, "chunks": chunks, "strides": steps}
         for method in METHODS[2:] if strides == "free" else METHODS:
-            name = method.partition(", ")[2]
-            if name in stats:
-                cells.append(show(bench.prolora(out, label, method, stats[name], **asked)))
+            name = list(stats)[-1] if method == DIRECTIONS else method.partition(", ")[2]
+            longer = {"lengthen": "directions"} if method == DIRECTIONS else {}
+            if name in stats and method in methods:
+                cells.append(show(bench.prolora(out, label, method, stats[name], **asked, **longer)))
     return cells
 
 
@@ -400,6 +408,27 @@ def base_of(folder: Path, name: str) -> Path | None:
     return Path(package.origin).parent / "model" if package is not None and package.origin else None
 
 
+def one(
+    folder: Path, evaluation: Path, calibration: Path, before: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """What the JSON has of one adapter; `before` is what it had."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    base = base_of(folder, config["base_model_name_or_path"])
+    if config.get("use_dora") or base is None:
+        why = "its base is not there" if base is None else "DoRA's magnitudes go with the base's weights"
+        return {"adapter": folder.name, "refused": f"Not compressed: {why}."}
+    limits = json.loads((base / "config.json").read_text())
+    length = min(256, limits.get("n_positions") or limits.get("max_position_embeddings") or 256)
+    bench = Bench(folder, base, evaluation, length=length, windows=options.windows)
+    brief = options.brief or not (options.whole or folder.name in WHOLE)
+    made, facts = measure(bench, calibration, length, options.only, brief=brief)
+    cells = [asdict(c) for c in made]
+    if options.only and before:
+        cells = [c for c in before["cells"] if c["method"] not in options.only] + cells
+        facts = before["facts"]
+    return {"adapter": folder.name, "facts": facts, "cells": cells}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     bundled = Path(__file__).parents[1] / "demo/models"
@@ -408,6 +437,7 @@ def main() -> None:
     parser.add_argument("--eval", type=Path, help="held-out text")
     parser.add_argument("--calibration", type=Path, help="text for the statistics")
     parser.add_argument("--windows", type=int, default=40, help="of the held-out text, 40")
+    parser.add_argument("--only", action="append", choices=METHODS, help="this method for given shapes; keeps the rest")
     few = parser.add_mutually_exclusive_group()
     few.add_argument("--brief", action="store_true", help="fewer shapes and budgets for every adapter")
     few.add_argument("--whole", action="store_true", help=f"all of them for every adapter, not for {WHOLE} alone")
@@ -424,26 +454,15 @@ def main() -> None:
         evaluation = find("python_eval.txt", options.models, options.eval, "eval-text", "python_eval.txt")
         given = options.calibration
         calibration = find("python_calibration.txt", options.models, given, "train-text", "python_train.txt")
-        if options.json and options.adapter and options.json.is_file():  # these adapters anew, the others as they are
-            found = json.loads(options.json.read_text())["adapters"]
-            results = [r for r in found if r["adapter"] not in options.adapter]
+        found = json.loads(options.json.read_text())["adapters"] if options.json and options.json.is_file() else []
+        # Of these adapters, or this method, anew; the others as they are.
+        known = {r["adapter"]: r for r in found} if options.adapter or options.only else {}
         for folder in sorted(options.models.iterdir()):
             file = folder / "adapter_config.json"
             if not file.is_file() or (options.adapter and folder.name not in options.adapter):
                 continue
-            config = json.loads(file.read_text())
-            base = base_of(folder, config["base_model_name_or_path"])
-            if config.get("use_dora") or base is None:
-                why = "its base is not there" if base is None else "DoRA's magnitudes go with the base's weights"
-                results.append({"adapter": folder.name, "refused": f"Not compressed: {why}."})
-            else:
-                limits = json.loads((base / "config.json").read_text())
-                length = min(256, limits.get("n_positions") or limits.get("max_position_embeddings") or 256)
-                bench = Bench(folder, base, evaluation, length=length, windows=options.windows)
-                brief = options.brief or not (options.whole or folder.name in WHOLE)
-                cells, facts = measure(bench, calibration, length, brief=brief)
-                results.append({"adapter": folder.name, "facts": facts, "cells": [asdict(c) for c in cells]})
-            results.sort(key=lambda r: r["adapter"])
+            known[folder.name] = one(folder, evaluation, calibration, known.get(folder.name, {}), options)
+            results = [known[name] for name in sorted(known)]
             if options.json:  # what is measured is kept, whatever happens to the rest
                 options.json.write_text(json.dumps({"adapters": results}, indent=1) + "\n")
     if options.page:

@@ -185,6 +185,7 @@ class CompressionReport(Report):
         calibrated_error: the relative error in the norm of the statistics, None without them.
         svd_calibrated_error: the same for LoRAs of those ranks fitted in that norm.
         budget: parameters that were allowed, None where the shape was given or found.
+        lengthen: what got its length back, `whole` or `directions`, None without statistics.
     """
 
     source: str
@@ -203,6 +204,7 @@ class CompressionReport(Report):
     calibrated_error: float | None = None
     svd_calibrated_error: float | None = None
     budget: int | None = None
+    lengthen: str | None = None
 
     @property
     def ok(self) -> bool:

@@ -11,7 +11,7 @@ from prolora_tools.cli import options
 from prolora_tools.cli.options import DTYPES, shown, written
 
 if TYPE_CHECKING:
-    from prolora_tools.core.fitting import Method
+    from prolora_tools.core.fitting import Lengthen, Method
     from prolora_tools.operations.calibrate import Statistics
     from prolora_tools.operations.compress import Strides
 
@@ -47,6 +47,14 @@ if TYPE_CHECKING:
     "--statistics", metavar="FILE", help="Save what --calibrate collects; without --calibrate, use what was saved."
 )
 @click.option(
+    "--lengthen",
+    type=click.Choice(["whole", "directions"]),
+    default="whole",
+    show_default=True,
+    help="What of a calibrated fit gets back the length that least squares takes: dW as a whole, or every singular "
+    "direction of it. directions may keep more of the gain or less: evaluate both.",
+)
+@click.option(
     "--max-error",
     type=click.FloatRange(min=0),
     metavar="E",
@@ -70,6 +78,7 @@ def command(
     batch: int,
     device: str,
     statistics: str | None,
+    lengthen: Lengthen,
     max_error: float | None,
     dtype: str | None,
     *,
@@ -126,6 +135,7 @@ def command(
                 method=method,
                 strides=strides,
                 statistics=None if dry_run else statistics if text is None else collected,
+                lengthen=lengthen,
                 max_error=max_error,
                 dtype=dtype,
                 overwrite=overwrite,

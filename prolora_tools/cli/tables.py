@@ -153,7 +153,7 @@ def compression(report: CompressionReport, console: Console) -> None:
         if calibrated
         else (report.relative_error, report.svd_relative_error)
     )
-    wins = told is not None and (svd_told or 0.0) < told
+    wins = told is not None and (svd_told or 0.0) < told and report.lengthen != "directions"
     _facts(
         console,
         f"{report.source} -> {report.output or '(dry run, nothing written)'}",

@@ -8,7 +8,9 @@ gradients of its outputs. A None among them is the identity.
 
 Least squares shortens: of the adapter's effect along its own direction it keeps 1 - x, x the squared relative error.
 The loss feels that in first order, as training went that way, and the norm hardly at all. So what is fitted, or
-cut off, with moments is made longer by 1 + x: 1 - x^2 is kept, at a squared relative error of x + x^2 - x^3.
+cut off, with moments is made longer by 1 + x: 1 - x^2 is kept, at a squared relative error of x + x^2 - x^3. On request
+every singular direction of dW gets its own length back, as the weak ones lose most: at a larger error in the norm, and,
+where training went on in those directions, a smaller loss.
 """
 
 from __future__ import annotations
@@ -38,7 +40,11 @@ if TYPE_CHECKING:
 
 Method = Literal["average", "align", "fit"]
 METHODS: tuple[Method, ...] = ("average", "align", "fit")
+Lengthen = Literal["whole", "directions"]
+LENGTHEN: tuple[Lengthen, ...] = ("whole", "directions")
 NO_MOMENTS: Pair = (None, None)
+_DIRECTION_STEPS, _DIRECTION_ROUNDS = 3, 15
+"""How often the directions' lengths are set, and rounds of fitting after each."""
 CLEARLY = 0.98
 """Other strides than asked for are taken where they leave less than this share of the squared error."""
 
@@ -308,6 +314,7 @@ def fit(
     method: Method | None = None,
     store: Callable[[AnyMatrix], AnyMatrix] = lambda x: x,
     moments: Pair = NO_MOMENTS,
+    lengthen: Lengthen = "whole",
 ) -> tuple[SharedFactors, Quality]:
     """Compress one module and tell the error of what will be stored.
 
@@ -319,8 +326,9 @@ def fit(
             worse than either. None takes the one with the smallest error, the simpler on a tie.
         store: the rounding to the stored dtype, whose error is counted in.
         moments: of inputs and output gradients: the norm to be small in.
+        lengthen: what of a calibrated fit gets its length back: dW as a whole, or every singular direction of it.
     """
-    return fit_many([(a, bt)], geometry, method=method, store=store, moments=[moments])[0]
+    return fit_many([(a, bt)], geometry, method=method, store=store, moments=[moments], lengthen=lengthen)[0]
 
 
 def fit_many(
@@ -330,6 +338,7 @@ def fit_many(
     method: Method | None = None,
     store: Callable[[AnyMatrix], AnyMatrix] = lambda x: x,
     moments: Sequence[Pair] | None = None,
+    lengthen: Lengthen = "whole",
     quick: bool = False,
 ) -> list[tuple[SharedFactors, Quality]]:
     """`fit` for modules of one shape; without moments they run as one batch, with the same result.
@@ -340,6 +349,7 @@ def fit_many(
         method: as for `fit`.
         store: as for `fit`.
         moments: of each module.
+        lengthen: as for `fit`.
         quick: a few rounds only, to compare shapes.
     """
     norms = [NO_MOMENTS] * len(pairs) if moments is None else list(moments)
@@ -349,7 +359,9 @@ def fit_many(
         unsolved = [i for i, found in enumerate(tried) if min(t[0] for t in found) > 0.0]
         starts = [simple[i][1] for i in unsolved]
         better = _als([pairs[i] for i in unsolved], geometry, starts, [norms[i] for i in unsolved], quick=quick)
-        for i, factors in zip(unsolved, better, strict=True):
+        for i, least in zip(unsolved, better, strict=True):
+            longer = lengthen == "directions" and norms[i] != NO_MOMENTS
+            factors = _by_directions(least, pairs[i], geometry, norms[i]) if longer else least
             rounded = _lengthened(factors, pairs[i], geometry, norms[i]).map(store)
             tried[i].append((_error(pairs[i], rounded, geometry, norms[i]), len(METHODS), "fit", rounded))
     elif method in {None, "fit"} and geometry.unshared == geometry.rank:
@@ -399,6 +411,24 @@ def _lengthened(
 ) -> SharedFactors:
     factor = length(*pair, *factors.expanded(geometry), moments)
     return replace(factors, b_chunk=factors.b_chunk * factor, b_unshared=factors.b_unshared * factor)
+
+
+def _by_directions(
+    factors: SharedFactors, pair: tuple[AnyMatrix, AnyMatrix], geometry: Geometry, moments: Pair
+) -> SharedFactors:
+    """Fitted to a dW whose singular directions, in the norm, are longer by what the fit lacks of each, up to twice."""
+    parts_a, parts_b, values = truncated(*pair, pair[0].shape[0], moments)
+    heavy_a, heavy_b = (x if m is None else m.apply(x) for x, m in zip((parts_a, parts_b), moments, strict=True))
+    there = values > 1e-9 * values.max(initial=0.0)
+    square = np.where(there, values, 1.0) ** 2
+    more = np.zeros(len(values))
+    for _ in range(_DIRECTION_STEPS):
+        a_hat, bt_hat = factors.expanded(geometry)
+        kept = np.sum((heavy_a @ a_hat.T) * (heavy_b @ bt_hat.T), axis=1) / square
+        more = np.where(there, np.clip(more + 1.0 - kept, 0.0, 1.0), 0.0)
+        root = np.sqrt(1.0 + more)[:, None]
+        factors = _weighted((root * parts_a, root * parts_b), geometry, [factors], moments, _DIRECTION_ROUNDS)
+    return factors
 
 
 Tried = tuple[float, int, Method, SharedFactors]

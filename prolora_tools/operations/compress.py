@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from prolora_tools.core.allocation import allocate_ranks
-from prolora_tools.core.fitting import METHODS, NO_MOMENTS, Method, Quality, fit_many
+from prolora_tools.core.fitting import LENGTHEN, METHODS, NO_MOMENTS, Lengthen, Method, Quality, fit_many
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.errors import RequestError, UnsupportedError
 from prolora_tools.files import config as adapter_config
@@ -39,6 +39,11 @@ _WINDOW = 1 << 24
 _BATCH = 1 << 21
 """Numbers in the factors of one batch of modules of one shape; batches run side by side."""
 
+_BY_DIRECTIONS = (
+    "the directions of dW got their lengths back, at a larger error: it does not tell what is kept beside an SVD, "
+    "so evaluate both this and --lengthen whole"
+)
+
 
 def compress(
     adapter: str | Path,
@@ -51,6 +56,7 @@ def compress(
     method: Method | None = None,
     strides: Strides | None = None,
     statistics: Statistics | Callable[[], Statistics] | str | Path | None = None,
+    lengthen: Lengthen = "whole",
     max_error: float | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -79,6 +85,8 @@ def compress(
         statistics: from `calibrate`, or the file they were saved in: errors are then measured, and `fit` works, in
             the norm of what the model's layers see. A function is called for them once the rest of the request is
             found to be in order.
+        lengthen: what of a fit with statistics gets back the length that least squares takes: dW as a `whole`, or
+            every singular direction of it by itself (`directions`), which costs error in the norm and may keep more.
         budget: parameters allowed in total, those beside the factors included.
         ratio: the adapter's parameters over those allowed, such as 2 for half.
         max_error: tolerance on the total relative error, in the norm of the statistics where there are any. It
@@ -95,12 +103,7 @@ def compress(
         InputError: the adapter is missing or broken.
         OutputError: `out` is refused or cannot be written.
     """
-    if method is not None and method not in METHODS:
-        raise RequestError(
-            "method-unknown",
-            f"method is {method!r}, expected one of {', '.join(METHODS)}",
-            hint="leave it out, and each module takes the one with the smallest error",
-        )
+    _check_names(method, lengthen, fits=dry_run or (statistics is not None and method in {None, "fit"}))
     mode = _mode(unshared, chunks, budget, ratio, max_error, dry_run=dry_run)
     stored_dtype = None if dtype is None else dtypes.parse(dtype)
     source = Adapter.open(Path(adapter)).require_modules()
@@ -109,7 +112,7 @@ def compress(
         statistics = Statistics.open(Path(statistics))
     if strides is None:
         strides = "free" if method in {None, "fit"} else "official"
-    job = _Job(source, method, stored_dtype)
+    job = _Job(source, method, lengthen, stored_dtype)
     if mode == "given":
         assert unshared is not None
         assert chunks is not None
@@ -181,6 +184,25 @@ def _mode(
     return "detect" if size == (None, None) and max_error is None else "choose"
 
 
+def _check_names(method: str | None, lengthen: str, *, fits: bool) -> None:
+    if method is not None and method not in METHODS:
+        raise RequestError(
+            "method-unknown",
+            f"method is {method!r}, expected one of {', '.join(METHODS)}",
+            hint="leave it out, and each module takes the one with the smallest error",
+        )
+    if lengthen not in LENGTHEN:
+        raise RequestError(
+            "lengthen-unknown", f"lengthen is {lengthen!r}, expected one of {', '.join(LENGTHEN)}", hint="leave it out"
+        )
+    if lengthen == "directions" and not fits:
+        raise RequestError(
+            "compress-lengthen",
+            "only a fit with statistics is made longer by directions",
+            hint="give --calibrate TEXT --base BASE or --statistics FILE, and no --method but fit",
+        )
+
+
 def _limit(source: Adapter, budget: int | None, ratio: float | None) -> int | None:
     """Parameters allowed for the factors: the budget counts what is beside them too."""
     others = sum(t.items for t in source.other_tensors)
@@ -209,8 +231,8 @@ def _refuse(source: Adapter) -> None:
 class _Job:
     """One compression. Modules are fitted a window ahead of the writing, those of one shape as a batch."""
 
-    def __init__(self, source: Adapter, method: Method | None, dtype: str | None) -> None:
-        self.source, self.method = source, method
+    def __init__(self, source: Adapter, method: Method | None, lengthen: Lengthen, dtype: str | None) -> None:
+        self.source, self.method, self.lengthen = source, method, lengthen
         self.statistics: Statistics | None = None
         self.dtypes = {path: dtype or module.dtype for path, module in source.modules.items()}
         self.shapes = Shapes({}, Geometry.lora(1))
@@ -280,7 +302,14 @@ class _Job:
         pairs = [self._pair(name) for name in names]
         moments = [self.moments(name) for name in names]
         with np.errstate(over="ignore", invalid="ignore"):  # what the dtype cannot hold is refused when it is written
-            fitted = fit_many(pairs, self.geometries[names[0]], method=self.method, store=rounded, moments=moments)
+            fitted = fit_many(
+                pairs,
+                self.geometries[names[0]],
+                method=self.method,
+                store=rounded,
+                moments=moments,
+                lengthen=self.lengthen,
+            )
         for name, (stored, quality) in zip(names, fitted, strict=True):
             self.ready[name], self.qualities[name] = stored, quality
 
@@ -359,6 +388,7 @@ class _Job:
                     else None,
                 )
             )
+        comparison = (_BY_DIRECTIONS,) if calibrated and self.lengthen == "directions" else ()
         others, other_bytes = (sum(getattr(t, k) for t in source.other_tensors) for k in ("items", "n_bytes"))
         return CompressionReport(
             source=str(source.folder),
@@ -375,8 +405,9 @@ class _Job:
             budget=None if budget is None else budget + others,
             calibrated_error=relative(math.sqrt(weighed[0]), math.sqrt(weighed[2])) if calibrated else None,
             svd_calibrated_error=relative(math.sqrt(weighed[1]), math.sqrt(weighed[2])) if calibrated else None,
+            lengthen=self.lengthen if calibrated else None,
             modules=tuple(modules),
-            notes=source.notes,
+            notes=(*source.notes, *comparison),
         )
 
 

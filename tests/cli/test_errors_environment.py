@@ -35,6 +35,7 @@ ENVIRONMENT = {
     "file-changed": "test_adapter_that_shrinks_while_it_is_read test_base_that_shrinks_while_it_is_copied",
     "file-shrunk": "test_base_that_shrinks_while_it_is_merged",
     "geometry-stride": "test_negative_stride",
+    "lengthen-unknown": "test_names_that_click_would_refuse",
     "merge-no-space": "test_merge_too_large_for_the_disk test_full_disk",
     "method-unknown": "test_names_that_click_would_refuse",
     "output-disk-full": "test_full_disk test_file_size_limit test_failing_system_call",
@@ -478,6 +479,7 @@ def test_names_that_click_would_refuse(folder: Path) -> None:
     adapter, out = folder / "adapter", folder / "OUT"
     compress: dict[str, Any] = {"unshared": 1, "chunks": 2}
     assert raised(prolora_tools.compress, adapter, out, method="best", **compress).code == "method-unknown"
+    assert raised(prolora_tools.compress, adapter, out, lengthen="all", **compress).code == "lengthen-unknown"
     assert raised(prolora_tools.compress, adapter, out, dtype="int8", **compress).code == "dtype-unknown"
     assert raised(prolora_tools.expand, adapter, out, dtype="BF16").code == "dtype-unknown"
     assert raised(prolora_tools.merge, adapter, out, base=folder / "base", dtype="half").code == "dtype-unknown"

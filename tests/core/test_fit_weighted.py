@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prolora_tools.core import weighted
-from prolora_tools.core.fitting import NO_MOMENTS, difference_norm, fit, length, truncated
+from prolora_tools.core.fitting import LENGTHEN, NO_MOMENTS, difference_norm, fit, length, truncated
 from prolora_tools.core.geometry import Geometry
 from prolora_tools.core.moments import Moments
 from prolora_tools.core.weighted import WeightedFit
@@ -172,6 +172,47 @@ def test_what_is_missing_along_dw_is_made_up_for_to_first_order(case: Any) -> No
     x = float(np.sum((target - factor * before) ** 2)) / size**2
     np.testing.assert_allclose(np.sum(target * after) / size**2, 1 - x**2, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(target - after), longer(np.sqrt(x) * size, size), atol=1e-6 * size)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_by_directions_every_singular_direction_is_nearer_to_its_length(seed: int) -> None:
+    """Oracle: dense singular vectors of dW in the norm, and what dW^ has of each."""
+    rng = np.random.default_rng(seed)
+    geometry = Geometry(6, 1, 3, 2, 1, 2)
+    norm = moments(30, seed), moments(24, seed + 1)
+    a, bt = rng.standard_normal((6, 30)), rng.standard_normal((6, 24))
+    roots = root(norm[0], 30), root(norm[1], 24)
+    target = roots[1] @ bt.T @ a @ roots[0]
+    left, values, right = np.linalg.svd(target)
+    missing = {}
+    for lengthen in LENGTHEN:
+        made, quality = fit(a, bt, geometry, method="fit", moments=norm, lengthen=lengthen)
+        a_hat, bt_hat = made.expanded(geometry)
+        dense = roots[1] @ bt_hat.T @ a_hat @ roots[0]
+        np.testing.assert_allclose(quality.calibrated_error, np.linalg.norm(target - dense), rtol=1e-5)
+        missing[lengthen] = np.array([1 - left[:, k] @ dense @ right[k] / values[k] for k in range(6)])
+    assert np.abs(missing["directions"]).sum() < 0.8 * np.abs(missing["whole"]).sum()
+    assert missing["directions"].min() > -0.2
+
+
+def test_directions_change_nothing_where_nothing_is_lost_or_known() -> None:
+    """An expanded PRoLoRA, a plain LoRA of smaller rank, and a fit without moments."""
+    rng = np.random.default_rng(0)
+    geometry = Geometry(4, 1, 2, 2)
+    chunks = fit(rng.standard_normal((4, 20)), rng.standard_normal((4, 14)), geometry, method="average")[0]
+    norm = moments(20, 1), moments(14, 2)
+    other = rng.standard_normal((4, 20)), rng.standard_normal((4, 14))
+    cases: list[tuple[Any, Geometry, Any]] = [
+        (chunks.expanded(geometry), geometry, norm),
+        (other, Geometry.lora(2), norm),
+        (other, geometry, NO_MOMENTS),
+    ]
+    for pair, shape, known in cases:
+        whole, directions = (
+            fit(pair[0], pair[1], shape, method="fit", moments=known, lengthen=lengthen)[0] for lengthen in LENGTHEN
+        )
+        for name in ("a_chunk", "b_chunk", "a_unshared", "b_unshared"):
+            np.testing.assert_array_equal(getattr(whole, name), getattr(directions, name))
 
 
 def test_the_svd_that_is_told_is_made_longer_too() -> None:

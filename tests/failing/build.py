@@ -823,6 +823,7 @@ def shapes_and_statistics() -> Iterator[Case]:
     yield Case("compress-dry-run", f"{compress} --budget 9 --dry-run", adapter(), 2)
     yield Case("compress-budget", f"{compress} --budget 1", adapter(), 2)
     yield Case("compress-no-structure", compress, adapter())
+    yield Case("compress-lengthen", f"{COMPRESS} --lengthen directions", adapter(), 2)
 
     with_statistics = f"{COMPRESS} --statistics adapter/statistics.safetensors"
     for variant, tensors in (
