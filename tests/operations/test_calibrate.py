@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prolora_tools
-from prolora_tools.cli import main
+from prolora_tools.cli import main, tables
 from prolora_tools.core.allocation import candidates
-from prolora_tools.core.fitting import fit_many
+from prolora_tools.core.fitting import LENGTHEN, fit_many
 from prolora_tools.errors import InputError, MismatchError, RequestError
 from prolora_tools.files.adapter import Adapter
 from prolora_tools.files.tensors import StoredTensor
@@ -216,6 +219,21 @@ def test_what_matters_to_the_loss_gets_the_parameters(statistics: Statistics) ->
         )
     assert sizes[0][path] > sizes[1][path]
     assert sizes[1][other] > sizes[0][other]
+
+
+def test_lengths_by_directions_are_told_and_not_judged(statistics: Statistics, tmp_path: Path) -> None:
+    """Their error is larger, so it says nothing about a plain LoRA beside it."""
+    asked: dict[str, Any] = {"unshared": 0, "chunks": 4, "strides": "official", "statistics": statistics}
+    reports = [prolora_tools.compress(ADAPTER, tmp_path / x, method="fit", lengthen=x, **asked) for x in LENGTHEN]
+    assert [r.lengthen for r in reports] == list(LENGTHEN)
+    shown = []
+    for report in reports:
+        tables.compression(replace(report, svd_calibrated_error=0.0), Console(file=(file := io.StringIO()), width=120))
+        shown.append("keeps more of this adapter" in file.getvalue())
+    assert shown == [True, False]
+    assert ["--lengthen whole" in " ".join(r.notes) for r in reports] == [False, True]
+    errors = [r.calibrated_error or 0.0 for r in reports]
+    assert 0 < errors[0] < errors[1]
 
 
 def test_statistics_are_collected_only_for_a_request_in_order(tmp_path: Path) -> None:
