@@ -369,6 +369,7 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
             ("SVD", False, f"SVD, {norm}", "x", "--", "black", "SVD, calibrated"),
             ("SVD", True, f"SVD, {norm}", "s", "--", "black", "SVD, calibrated, ranks chosen"),
             ("PRoLoRA", False, f"fit, {norm}", "o", "-", "tab:orange", "PRoLoRA, calibrated fit"),
+            ("PRoLoRA", False, DIRECTIONS, "d", "-", "tab:purple", "PRoLoRA, calibrated fit, by directions"),
             ("PRoLoRA", True, f"fit, {norm}", "s", "-", "tab:red", "PRoLoRA, calibrated fit, shapes chosen"),
         ]
         for kind, chosen, method, marker, line, color, label in series:
