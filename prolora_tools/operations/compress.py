@@ -105,6 +105,12 @@ def compress(
     """
     _check_names(method, lengthen, fits=dry_run or (statistics is not None and method in {None, "fit"}))
     mode = _mode(unshared, chunks, budget, ratio, max_error, dry_run=dry_run)
+    if mode == "choose" and budget is None and ratio is None and lengthen == "directions":
+        raise RequestError(
+            "compress-lengthen-error",
+            "shapes cannot be chosen by an error that lengths by directions then raise",
+            hint="say the size, --budget N or --ratio X, or leave out --lengthen directions",
+        )
     stored_dtype = None if dtype is None else dtypes.parse(dtype)
     source = Adapter.open(Path(adapter)).require_modules()
     _refuse(source)

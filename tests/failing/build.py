@@ -823,6 +823,9 @@ def shapes_and_statistics() -> Iterator[Case]:
     yield Case("compress-dry-run", f"{compress} --budget 9 --dry-run", adapter(), 2)
     yield Case("compress-budget", f"{compress} --budget 1", adapter(), 2)
     yield Case("compress-no-structure", compress, adapter())
+    chosen = f"{compress} --max-error 0.1 --statistics adapter/s --lengthen directions"
+    moments = safetensors({f"input:{Q}": numbers(4, 4)})
+    yield Case("compress-lengthen-error", chosen, {**adapter(), "adapter/s": moments}, 2)
     yield Case("compress-lengthen", f"{COMPRESS} --lengthen directions", adapter(), 2)
 
     with_statistics = f"{COMPRESS} --statistics adapter/statistics.safetensors"
