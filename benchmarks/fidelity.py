@@ -58,16 +58,17 @@ WHOLE = ("llama-tiny-py-r8", "llama-tiny-py-r16")
 RATIOS = (4, 16 / 7, 2, 8 / 5, 4 / 3)
 LONGER = "SVD, calibrated, lengthened"
 DIRECTIONS = "fit, calibrated, by directions"
-METHODS = ("average", "align", "fit", "fit, inputs", "fit, inputs and outputs", DIRECTIONS)
+PROTOTYPE_METHODS = ("average", "align", "fit", "fit, inputs", "fit, inputs and outputs")
+METHODS = (*PROTOTYPE_METHODS, DIRECTIONS)
 RIVALS = ("SVD", "SVD, inputs", "SVD, inputs and outputs", LONGER)
 NORMS = ("", "inputs", "inputs and outputs")
 PROTOTYPE: dict[str, dict[str, float]] = {
     "u=1, m=n=7, strides (1, 3)": {"fit": 84.8, "fit, inputs": 92.2, "fit, inputs and outputs": 95.3},
-    "u=2, m=n=4, official": dict(zip(METHODS[:5], (63.5, 94.3, 95.2, 97.5, 98.3), strict=True)),
-    "u=0, m=n=2, official": dict(zip(METHODS[:5], (58.7, 59.9, 81.2, 98.1, 98.7), strict=True)),
+    "u=2, m=n=4, official": dict(zip(PROTOTYPE_METHODS, (63.5, 94.3, 95.2, 97.5, 98.3), strict=True)),
+    "u=0, m=n=2, official": dict(zip(PROTOTYPE_METHODS, (58.7, 59.9, 81.2, 98.1, 98.7), strict=True)),
     "u=0, m=n=2, strides (4, 2)": {"fit": 94.0, "fit, inputs": 97.9, "fit, inputs and outputs": 98.6},
-    "u=2, m=n=2, official": dict(zip(METHODS[:5], (76.6, 96.0, 97.3, 99.1, 99.4), strict=True)),
-    "u=4, m=n=2, official": dict(zip(METHODS[:5], (88.9, 98.8, 99.1, 99.6, 99.7), strict=True)),
+    "u=2, m=n=2, official": dict(zip(PROTOTYPE_METHODS, (76.6, 96.0, 97.3, 99.1, 99.4), strict=True)),
+    "u=4, m=n=2, official": dict(zip(PROTOTYPE_METHODS, (88.9, 98.8, 99.1, 99.6, 99.7), strict=True)),
     "rank 2": {"SVD": 93.7, "SVD, inputs and outputs": 94.0},
     "rank 3": {"SVD": 96.7, "SVD, inputs and outputs": 97.2},
     "rank 4": {"SVD": 98.3, "SVD, inputs and outputs": 98.6},

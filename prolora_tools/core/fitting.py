@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from prolora_tools.core import als, weighted
-from prolora_tools.core.als import Batch, stride_candidates
-from prolora_tools.core.sharing import copy_rows, expand, project
+from prolora_tools.core.als import Batch, Layout, stride_candidates
+from prolora_tools.core.sharing import expand, project
 from prolora_tools.core.weighted import WeightedFit
 
 if TYPE_CHECKING:
@@ -148,8 +148,13 @@ def difference_norm(
     return float(np.sqrt(max(square, 0.0)))
 
 
+def _heavy(rows: AnyMatrix, moments: Moments | None) -> AnyMatrix:
+    """Rows times the moments; None is the identity."""
+    return rows if moments is None else moments.apply(rows)
+
+
 def _gram(rows: Matrix, moments: Moments | None) -> Matrix:
-    out: Matrix = rows @ (rows if moments is None else moments.apply(rows)).T
+    out: Matrix = rows @ _heavy(rows, moments).T
     return out
 
 
@@ -264,13 +269,12 @@ def _signs(sides: Sequence[tuple[Matrix, Sharing]]) -> Matrix:
     shared = len(sides[0][0])
     meet = np.zeros((shared, shared))  # what ranks k and l bring where they are averaged with one another
     for rows, sharing in sides:
-        dim = rows.shape[1]
-        copies, width = sharing.copies(dim), sharing.width(dim)
-        padded = np.pad(rows, ((0, 0), (0, copies * width - dim))).reshape(shared, copies, width)
-        held = np.bincount(np.arange(dim) % width, minlength=width)
-        order = np.argsort(copy_rows(sharing, copies), axis=1)  # the rank behind every row of the chunk
-        for i, j in itertools.combinations(range(copies), 2):
-            np.add.at(meet, (order[i], order[j]), np.sum(padded[order[i], i] * padded[order[j], j] / held, axis=1))
+        layout = Layout.of(sharing, rows.shape[1])
+        parts = layout.split(rows[None])[0]
+        held = np.bincount(np.arange(rows.shape[1]) % layout.width)
+        back = np.argsort(layout.rows, axis=1)  # the rank behind every row of the chunk
+        for i, j in itertools.combinations(range(layout.copies), 2):
+            np.add.at(meet, (back[i], back[j]), np.sum(parts[back[i], i] * parts[back[j], j] / held, axis=1))
     meet += meet.T
     np.fill_diagonal(meet, 0.0)
     signs, least = np.ones(shared), -1e-9 * np.abs(meet).sum(axis=1)
@@ -358,10 +362,8 @@ def fit_many(
     if method in {None, "fit"} and not geometry.is_lora:
         unsolved = [i for i, found in enumerate(tried) if min(t[0] for t in found) > 0.0]
         starts = [simple[i][1] for i in unsolved]
-        better = _als([pairs[i] for i in unsolved], geometry, starts, [norms[i] for i in unsolved], quick=quick)
-        for i, least in zip(unsolved, better, strict=True):
-            longer = lengthen == "directions" and norms[i] != NO_MOMENTS
-            factors = _by_directions(least, pairs[i], geometry, norms[i]) if longer else least
+        made = [pairs[i] for i in unsolved], geometry, starts, [norms[i] for i in unsolved]
+        for i, factors in zip(unsolved, _als(*made, lengthen=lengthen, quick=quick), strict=True):
             rounded = _lengthened(factors, pairs[i], geometry, norms[i]).map(store)
             tried[i].append((_error(pairs[i], rounded, geometry, norms[i]), len(METHODS), "fit", rounded))
     elif method in {None, "fit"} and geometry.unshared == geometry.rank:
@@ -400,7 +402,7 @@ def length(a: AnyMatrix, bt: AnyMatrix, a_hat: AnyMatrix, bt_hat: AnyMatrix, mom
     """
     if moments == NO_MOMENTS:
         return 1.0
-    heavy_a, heavy_b = (x if m is None else m.apply(x) for x, m in zip((a, bt), moments, strict=True))
+    heavy_a, heavy_b = _heavy(a, moments[0]), _heavy(bt, moments[1])
     square = float(np.sum((heavy_a @ a.T) * (heavy_b @ bt.T)))
     own = float(np.sum((heavy_a @ a_hat.T) * (heavy_b @ bt_hat.T)))
     return 1.0 + min(max(1.0 - own / square, 0.0), 1.0) if square > 0 else 1.0
@@ -411,24 +413,6 @@ def _lengthened(
 ) -> SharedFactors:
     factor = length(*pair, *factors.expanded(geometry), moments)
     return replace(factors, b_chunk=factors.b_chunk * factor, b_unshared=factors.b_unshared * factor)
-
-
-def _by_directions(
-    factors: SharedFactors, pair: tuple[AnyMatrix, AnyMatrix], geometry: Geometry, moments: Pair
-) -> SharedFactors:
-    """Fitted to a dW whose singular directions, in the norm, are longer by what the fit lacks of each, up to twice."""
-    parts_a, parts_b, values = truncated(*pair, pair[0].shape[0], moments)
-    heavy_a, heavy_b = (x if m is None else m.apply(x) for x, m in zip((parts_a, parts_b), moments, strict=True))
-    there = values > 1e-9 * values.max(initial=0.0)
-    square = np.where(there, values, 1.0) ** 2
-    more = np.zeros(len(values))
-    for _ in range(_DIRECTION_STEPS):
-        a_hat, bt_hat = factors.expanded(geometry)
-        kept = np.sum((heavy_a @ a_hat.T) * (heavy_b @ bt_hat.T), axis=1) / square
-        more = np.where(there, np.clip(more + 1.0 - kept, 0.0, 1.0), 0.0)
-        root = np.sqrt(1.0 + more)[:, None]
-        factors = _weighted((root * parts_a, root * parts_b), geometry, [factors], moments, _DIRECTION_ROUNDS)
-    return factors
 
 
 Tried = tuple[float, int, Method, SharedFactors]
@@ -468,6 +452,7 @@ def _als(
     starts: Sequence[Sequence[SharedFactors]],
     moments: Sequence[Pair],
     *,
+    lengthen: Lengthen,
     quick: bool,
 ) -> list[SharedFactors]:
     """Alternating least squares: unweighted as a batch, and from there, module by module, in the norm of moments."""
@@ -487,7 +472,8 @@ def _als(
     for i, norm in enumerate(moments):
         if norm != NO_MOMENTS:
             begin = [fitted[i]] if quick else [fitted[i], *starts[i]]
-            fitted[i] = _weighted(pairs[i], geometry, begin, norm, weighted.TRIAL_ROUNDS if quick else weighted.ROUNDS)
+            rounds = weighted.TRIAL_ROUNDS if quick else weighted.ROUNDS
+            fitted[i] = _weighted(pairs[i], geometry, begin, norm, rounds, lengthen)
     return fitted
 
 
@@ -496,12 +482,37 @@ def _weighted(
     geometry: Geometry,
     starts: Sequence[SharedFactors],
     moments: Pair,
-    rounds: int = weighted.ROUNDS,
+    rounds: int,
+    lengthen: Lengthen = "whole",
 ) -> SharedFactors:
     problem = WeightedFit(pair[0].astype(np.float64), pair[1].astype(np.float64), geometry, moments)
+    factors = _solved(problem, starts, rounds)
+    return _by_directions(problem, factors, pair, geometry, moments) if lengthen == "directions" else factors
+
+
+def _solved(problem: WeightedFit, starts: Sequence[SharedFactors], rounds: int) -> SharedFactors:
     begun = [problem.start(*(x.astype(np.float64) for x in _arrays(s))) for s in starts]
     a, b, _ = problem.fit(begun, rounds)
     return _factors(problem.finish(a, b))
+
+
+def _by_directions(
+    problem: WeightedFit, factors: SharedFactors, pair: tuple[AnyMatrix, AnyMatrix], geometry: Geometry, moments: Pair
+) -> SharedFactors:
+    """Fitted to a dW whose singular directions, in the norm, are longer by what the fit lacks of each, up to twice."""
+    parts_a, parts_b, values = truncated(*pair, pair[0].shape[0], moments)
+    heavy_a, heavy_b = _heavy(parts_a, moments[0]), _heavy(parts_b, moments[1])
+    there = values > 1e-9 * values.max(initial=0.0)
+    more = np.zeros(len(values))
+    for _ in range(_DIRECTION_STEPS):
+        a_hat, bt_hat = factors.expanded(geometry)
+        own = np.sum((heavy_a @ a_hat.T) * (heavy_b @ bt_hat.T), axis=1)
+        kept = np.divide(own, values**2, where=there, out=np.ones_like(own))  # what is not there lacks nothing
+        more = np.clip(more + 1.0 - kept, 0.0, 1.0)
+        root = np.sqrt(1.0 + more)[:, None]
+        problem.aim(root * parts_a, root * parts_b)
+        factors = _solved(problem, [factors], _DIRECTION_ROUNDS)
+    return factors
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,10 @@ class WeightedFit:
     def __init__(self, a: Array, bt: Array, geometry: Geometry, moments: tuple[Moments | None, Moments | None]) -> None:
         self.a = _Norm(moments[0], geometry.a, a.shape[1])
         self.b = _Norm(moments[1], geometry.b, bt.shape[1])
+        self.aim(a, bt)
+
+    def aim(self, a: Array, bt: Array) -> None:
+        """Fit other factors from here on, in the same norm, whose inverses are kept."""
         self.target_a, self.target_b = (
             n.layout.split(x[None]).reshape(1, x.shape[0], -1) for n, x in ((self.a, a), (self.b, bt))
         )
