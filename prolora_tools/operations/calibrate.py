@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,28 +183,38 @@ def calibrate(
     config = read_model_config(Path(base))
     limit = config.get("max_position_embeddings")
     windows = _windows(Path(base), Path(text), min(length, limit) if isinstance(limit, int) else length, tokens)
-    model = _model(opened, Path(base), config).to(device)
+    model = _model(opened, Path(base), config)
+    with _memory(device, "the model"):
+        model = model.to(device)
     collector = _Collector(model, list(opened.modules), outputs, seed)
     generator = torch.Generator().manual_seed(seed)
     progress.start("calibrate", len(windows), "windows")
     with collector.watching():
         for start in range(0, len(windows), batch):
             ids = torch.tensor(windows[start : start + batch], device=device)
-            try:
+            with _memory(device, f"{len(ids)} windows of {len(windows[0]):,} tokens at once"):
                 if outputs:
                     _sampled_loss(model, ids, generator)
                 else:
                     with torch.no_grad():
                         model(ids)
-            except torch.OutOfMemoryError as error:
-                raise RequestError(
-                    "calibrate-memory",
-                    f"{device} has not enough memory for {len(ids)} windows of {len(windows[0]):,} tokens at once: "
-                    f"{first_line(error)}",
-                    hint="give a smaller --calibrate-batch or --calibrate-length",
-                ) from error
             progress.advance(len(ids))
     return Statistics(collector.arrays(), len(windows) * len(windows[0]))
+
+
+@contextmanager
+def _memory(device: str, what: str) -> Iterator[None]:
+    """Torch's error where the device cannot hold `what`, as a request that asked for too much."""
+    import torch  # noqa: PLC0415 - loaded already
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RequestError(
+            "calibrate-memory",
+            f"{device} has not enough memory for {what}: {first_line(error)}",
+            hint="give a smaller --calibrate-batch or --calibrate-length, or another --device",
+        ) from error
 
 
 def _model(adapter: Adapter, base: Path, config: dict[str, Any]) -> Any:
@@ -272,8 +283,6 @@ class _Collector:
 
     def watching(self) -> Any:
         """Hooks in place as long as the block lasts."""
-        from contextlib import ExitStack  # noqa: PLC0415 - beside its only use
-
         stack = ExitStack()
         for path, module in self.modules.items():
             stack.callback(module.register_forward_hook(self._forward(path)).remove)

@@ -103,13 +103,12 @@ def compress(
         InputError: the adapter is missing or broken.
         OutputError: `out` is refused or cannot be written.
     """
-    _check_names(method, lengthen, fits=dry_run or (statistics is not None and method in {None, "fit"}))
+    _check_names(method, lengthen)
     mode = _mode(unshared, chunks, budget, ratio, max_error, dry_run=dry_run)
-    if mode == "choose" and budget is None and ratio is None and lengthen == "directions":
-        raise RequestError(
-            "compress-lengthen-error",
-            "shapes cannot be chosen by an error that lengths by directions then raise",
-            hint="say the size, --budget N or --ratio X, or leave out --lengthen directions",
+    if lengthen == "directions":
+        _check_directions(
+            fits=method in {None, "fit"} and (dry_run or statistics is not None),
+            by_error=mode == "choose" and budget is None and ratio is None,
         )
     stored_dtype = None if dtype is None else dtypes.parse(dtype)
     source = Adapter.open(Path(adapter)).require_modules()
@@ -190,7 +189,7 @@ def _mode(
     return "detect" if size == (None, None) and max_error is None else "choose"
 
 
-def _check_names(method: str | None, lengthen: str, *, fits: bool) -> None:
+def _check_names(method: str | None, lengthen: str) -> None:
     if method is not None and method not in METHODS:
         raise RequestError(
             "method-unknown",
@@ -201,11 +200,20 @@ def _check_names(method: str | None, lengthen: str, *, fits: bool) -> None:
         raise RequestError(
             "lengthen-unknown", f"lengthen is {lengthen!r}, expected one of {', '.join(LENGTHEN)}", hint="leave it out"
         )
-    if lengthen == "directions" and not fits:
+
+
+def _check_directions(*, fits: bool, by_error: bool) -> None:
+    if not fits:
         raise RequestError(
             "compress-lengthen",
             "only a fit with statistics is made longer by directions",
             hint="give --calibrate TEXT --base BASE or --statistics FILE, and no --method but fit",
+        )
+    if by_error:
+        raise RequestError(
+            "compress-lengthen-error",
+            "shapes cannot be chosen by an error that lengths by directions then raise",
+            hint="say the size, --budget N or --ratio X, or leave out --lengthen directions",
         )
 
 

@@ -480,6 +480,8 @@ def test_names_that_click_would_refuse(folder: Path) -> None:
     compress: dict[str, Any] = {"unshared": 1, "chunks": 2}
     assert raised(prolora_tools.compress, adapter, out, method="best", **compress).code == "method-unknown"
     assert raised(prolora_tools.compress, adapter, out, lengthen="all", **compress).code == "lengthen-unknown"
+    averaged: dict[str, Any] = {**compress, "method": "align", "lengthen": "directions", "dry_run": True}
+    assert raised(prolora_tools.compress, adapter, out, **averaged).code == "compress-lengthen"
     assert raised(prolora_tools.compress, adapter, out, dtype="int8", **compress).code == "dtype-unknown"
     assert raised(prolora_tools.expand, adapter, out, dtype="BF16").code == "dtype-unknown"
     assert raised(prolora_tools.merge, adapter, out, base=folder / "base", dtype="half").code == "dtype-unknown"
@@ -512,6 +514,10 @@ def test_a_device_with_too_little_memory(tmp_path: Path, monkeypatch: pytest.Mon
     assert (error.code, type(error)) == ("calibrate-memory", RequestError)
     assert "8 windows of 16 tokens" in str(error)
     assert "more" not in str(error)
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    error = raised(operation.calibrate, found[0], base=found[1], text=tmp_path / "text")
+    assert (error.code, type(error)) == ("calibrate-memory", RequestError)
+    assert "not enough memory for the model" in str(error)
 
 
 def test_gradients_of_a_model_without_logits() -> None:
